@@ -1,0 +1,196 @@
+"""E: the gradient correction of ALTO in front of any optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+from torch.optim.optimizer import ParamsT
+
+from alto_ds import registration
+from alto_ds.optimizer import (
+    EXP_AVG_GRAD,
+    check_alpha,
+    restore_state_dtype,
+    zeros_for_state,
+)
+
+
+class E(Optimizer):
+    r"""Correct each gradient before ``optimizer`` uses it (Zhao et al., arXiv 2510.27153).
+
+    .. code-block:: text
+
+        g' = g + α a,   a = (1−β)(g − s),   s ← s + a
+
+    where s is the moving average of the gradient; a is the paper's exploration average
+    ``a_k = β a_{k-1} + (1−β)(g_k − g_{k-1})``. The corrected gradient is left in ``param.grad``,
+    as gradient clipping does.
+
+    The one state per parameter, s, is kept beside the base optimizer's states, as
+    ``optimizer.state[param]["exp_avg_grad"]``, and so is saved and restored with them.
+    ``param_groups``, ``state`` and ``defaults`` are the base optimizer's own.
+
+    The correction is elementwise, so it is exact however tensors are sharded; what the base
+    optimizer computes under ZeRO is its own affair.
+
+    Args:
+        optimizer: the base optimizer, any :class:`torch.optim.Optimizer` that does not itself call
+            the closure several times.
+        alpha: α with |α| < 1/(1−β). Negative values mix in the average of past gradients.
+        beta: β, decay of that average.
+
+    Raises:
+        ValueError: a setting is out of its bounds.
+        TypeError: ``optimizer`` is no optimizer, or one that cannot be adapted.
+    """
+
+    def __init__(self, optimizer: Optimizer, alpha: float = -5.0, beta: float = 0.99) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"E: optimizer={optimizer!r} must be a torch.optim.Optimizer that has been made, "
+                "such as E(torch.optim.AdamW(model.parameters()), alpha=-5, beta=0.99)."
+            )
+        if isinstance(optimizer, LBFGS):
+            raise TypeError(
+                "E: LBFGS evaluates the model several times in one step, with gradients that no "
+                "correction can reach; use another base optimizer."
+            )
+        check_alpha(alpha, beta, "beta")
+        registration.support_in_zero(type(self))
+        # The base class would make param_groups of its own; __setstate__ makes all the rest.
+        self.__setstate__({"optimizer": optimizer, "alpha": alpha, "beta": beta})
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's parameter groups; DeepSpeed swaps them before each step."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's states, with ``exp_avg_grad`` beside them."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base optimizer's default settings."""
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.optimizer.defaults = defaults
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "alpha": self.alpha, "beta": self.beta}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.optimizer: Optimizer = state["optimizer"]
+        self.alpha: float = state["alpha"]
+        self.beta: float = state["beta"]
+        super().__setstate__({})
+
+    def __repr__(self) -> str:
+        return f"E(alpha={self.alpha}, beta={self.beta}, optimizer={self.optimizer!r})"
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer."""
+        self.optimizer.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of all parameters."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base optimizer's state, in which ``exp_avg_grad`` is included."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned."""
+        self.optimizer.load_state_dict(dict(state_dict))
+        restore_state_dtype(self.optimizer, state_dict, (EXP_AVG_GRAD,))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Correct all gradients, then take the base optimizer's step.
+
+        Args:
+            closure: reevaluates the model and returns the loss; called once, before the step.
+
+        Returns:
+            What ``closure`` returned, else what the base optimizer's ``step`` returns.
+
+        Raises:
+            RuntimeError: a gradient is sparse or complex. Raised before anything is changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for param in params:
+            if param.grad.is_sparse or param.grad.is_complex():
+                kind = "sparse" if param.grad.is_sparse else "complex"
+                raise RuntimeError(
+                    f"E: the gradient of {self._name(param)} is {kind}; E corrects dense, real "
+                    "gradients only."
+                )
+        averages = [self._correct(param) for param in params]
+        base_loss = self.optimizer.step()
+        # Kept only now: base optimizers make their own states where state[param] is empty.
+        for param, average in zip(params, averages, strict=True):
+            self.state[param].setdefault(EXP_AVG_GRAD, average)
+        return base_loss if closure is None else loss
+
+    def _correct(self, param: Tensor) -> Tensor:
+        """Replace ``param.grad`` by g', advance s and return it."""
+        assert param.grad is not None
+        # Not self.state[param], which would make the empty entry.
+        average = self.state.get(param, {}).get(EXP_AVG_GRAD)
+        if average is None:
+            average = zeros_for_state(param)
+        difference = param.grad - average
+        param.grad.add_(difference, alpha=self.alpha * (1 - self.beta))
+        average.add_(difference, alpha=1 - self.beta)
+        return average
+
+    def _name(self, param: Tensor) -> str:
+        for place, group in enumerate(self.param_groups):
+            for i, candidate in enumerate(group["params"]):
+                if candidate is param:
+                    return group.get("param_names", {i: f"param_groups.{place}.{i}"})[i]
+        raise AssertionError("the parameter is in no group")
+
+
+def from_config(
+    params: ParamsT, optimizer: str = "AdamW", alpha: float = -5.0, beta: float = 0.99, **base: Any
+) -> E:
+    """Make E from the params of ``{"type": "E", "params": {...}}`` in a DeepSpeed JSON.
+
+    Args:
+        params: the model's parameters or groups of them.
+        optimizer: name of the base optimizer in ``torch.optim``, such as "AdamW".
+        alpha: see :class:`E`.
+        beta: see :class:`E`.
+        base: the base optimizer's own arguments.
+
+    Raises:
+        ValueError: there is no such base optimizer.
+    """
+    make = getattr(torch.optim, optimizer, None) if isinstance(optimizer, str) else None
+    if not (isinstance(make, type) and issubclass(make, Optimizer)):
+        raise ValueError(
+            f'"optimizer": {optimizer!r} names no optimizer in torch.optim; write for example '
+            '{"type": "E", "params": {"optimizer": "AdamW", "alpha": -5, "beta": 0.99}}.'
+        )
+    return E(make(params, **base), alpha=alpha, beta=beta)

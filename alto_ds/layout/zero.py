@@ -1,0 +1,88 @@
+"""DeepSpeed's ZeRO: flat tensors that are cut without regard for where a layer ends.
+
+ZeRO-1, ZeRO-2 and ``BF16_Optimizer`` concatenate the parameters of a group into one flat buffer,
+pad its end and give each rank of the data-parallel group an equal slice. ZeRO-3 cuts each
+parameter into equal parts, one a rank, and concatenates this rank's parts, each with padding at
+its own end. DeepSpeed is never imported here: what it leaves on the parameters tells enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from alto_ds.layout.types import Fragment, Layer, Layout, Names
+
+
+def resolve(
+    tensors: Sequence[torch.Tensor], params: Sequence[torch.Tensor], names: Names
+) -> list[Layout] | None:
+    """See :func:`alto_ds.layout.resolve`; None where the parameters are not under ZeRO."""
+    for param in params:
+        if hasattr(param, "_z3_optimizer"):
+            return [_parts(tensor, param._z3_optimizer, names) for tensor in tensors]
+    flattened = [param for param in params if hasattr(param, "_hp_mapping")]
+    if flattened and len(tensors) == 1:
+        return [_slice(tensors[0], flattened, names)]
+    return None
+
+
+def _groups(group: ProcessGroup) -> tuple[ProcessGroup, ...]:
+    """The groups to add over: none where one rank holds everything, so that nothing is sent."""
+    return (group,) if dist.get_world_size(group) > 1 else ()
+
+
+def _slice(flat: torch.Tensor, params: Sequence[Any], names: Names) -> Layout:
+    """ZeRO-1, ZeRO-2, BF16_Optimizer: this rank's slice of the group's flat buffer.
+
+    The model's parameters are views into that buffer, so their storage offsets tell where each
+    one lies, also with ``round_robin_gradients``, which reorders the buffer.
+    """
+    group = params[0]._dp_group
+    begin = dist.get_rank(group) * flat.numel()
+    end = begin + flat.numel()
+    buffer_begin = min(param.storage_offset() for param in params)
+    if len({param.untyped_storage().data_ptr() for param in params}) != 1:
+        raise RuntimeError(
+            f"alto_ds expects the {len(params)} parameters of a ZeRO group to be views of one "
+            "flat buffer, and they are not: were they moved or reloaded after "
+            "deepspeed.initialize()? Take the first step before doing that."
+        )
+    fragments = []
+    for index, param in enumerate(params):
+        layer_begin = param.storage_offset() - buffer_begin
+        low = max(layer_begin, begin)
+        high = min(layer_begin + param.numel(), end)
+        if low < high:
+            fragments.append(Fragment(index, low - layer_begin, high - low, low - begin))
+    layers = tuple(Layer(param, names[param], _groups(group)) for param in params)
+    return Layout(layers, tuple(fragments), master_copy=True)
+
+
+def _parts(flat: torch.Tensor, zero3: Any, names: Names) -> Layout:
+    """ZeRO-3: this rank's part of every parameter of one sub-group.
+
+    The last ranks' parts end in padding, which is uninitialised memory.
+    """
+    sub_groups = zip(zero3.fp32_partitioned_groups_flat, zero3.fp16_groups, strict=True)
+    params = next((params for tensor, params in sub_groups if tensor is flat), None)
+    if params is None:
+        raise RuntimeError(
+            f"alto_ds found no sub-group of ZeRO-3 that owns the tensor of {flat.numel()} elements "
+            "in the parameter group."
+        )
+    fragments = []
+    offset = 0
+    for index, param in enumerate(params):
+        part = param.ds_tensor.ds_numel
+        start = dist.get_rank(param.ds_process_group) * part
+        length = min(max(param.ds_numel - start, 0), part)
+        if length > 0:
+            fragments.append(Fragment(index, start, length, offset))
+        offset += part
+    layers = tuple(Layer(param, names[param], _groups(param.ds_process_group)) for param in params)
+    return Layout(layers, tuple(fragments), master_copy=True)

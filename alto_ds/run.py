@@ -1,0 +1,46 @@
+"""Run a script that knows nothing of alto_ds, with its optimizers in DeepSpeed's JSON.
+
+.. code-block:: bash
+
+    deepspeed --module alto_ds.run train.py --deepspeed_config config.json
+
+runs ``train.py`` as ``deepspeed train.py --deepspeed_config config.json`` would, with "ALTO" and
+"E" registered first. ``-m package.module`` in place of the script runs a module.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+
+import alto_ds  # noqa: F401  registers the optimizer types
+
+
+def main() -> None:
+    """Run the script or module that the command line names, with the arguments after it."""
+    arguments = sys.argv[1:]
+    # The deepspeed launcher puts --local_rank=N first; the script expects it among its own.
+    launcher = []
+    while arguments and arguments[0].startswith("--local_rank"):
+        launcher.append(arguments.pop(0))
+    as_module = arguments[:1] == ["-m"]
+    if as_module:
+        arguments.pop(0)
+    if not arguments:
+        sys.exit(
+            "alto_ds.run: no script named. Usage: deepspeed --module alto_ds.run SCRIPT.py ... or "
+            "deepspeed --module alto_ds.run -m MODULE ..."
+        )
+    target, sys.argv = arguments[0], [arguments[0], *launcher, *arguments[1:]]
+    if as_module:
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+        return
+    if not os.path.isfile(target):
+        sys.exit(f"alto_ds.run: there is no script {target!r} in {os.getcwd()}.")
+    sys.path[0] = os.path.dirname(os.path.abspath(target))
+    runpy.run_path(target, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
