@@ -1,0 +1,72 @@
+"""Which model is trained, and how is it saved?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+# The sizes of GPT-2 (Radford et al., 2019) by their names on the Hugging Face hub, and one that
+# learns on a CPU within minutes.
+SIZES: dict[str, dict[str, int]] = {
+    "gpt2-tiny": {"n_layer": 2, "n_embd": 128, "n_head": 4, "n_positions": 128},
+    "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12},
+    "gpt2-medium": {"n_layer": 24, "n_embd": 1024, "n_head": 16},
+    "gpt2-large": {"n_layer": 36, "n_embd": 1280, "n_head": 20},
+    "gpt2-xl": {"n_layer": 48, "n_embd": 1600, "n_head": 25},
+}
+
+
+def model_config(name: str, tokenizer: Any, dropout: float) -> GPT2Config:
+    """The configuration of the model ``name`` for a tokenizer."""
+    return GPT2Config(
+        **SIZES[name],
+        # Rows in multiples of 64 make faster matrix products on GPUs; no token uses the rest.
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        use_cache=False,
+    )
+
+
+def make_model(config: GPT2Config, deepspeed_config: dict[str, Any], seed: int) -> GPT2LMHeadModel:
+    """A model with random weights, the same for a seed; partitioned from birth under ZeRO-3."""
+    stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
+    torch.manual_seed(seed)
+    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config, enabled=stage == 3):
+        return GPT2LMHeadModel(config)
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Matrices and embeddings as the JSON says; biases and LayerNorms without weight decay.
+
+    Without weight decay ALTO applies no trust ratio either, which is the authors' rule.
+    """
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, param in model.named_parameters():
+        (others if name.endswith(".bias") or ".ln_" in name else decayed).append(param)
+    return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+
+
+def save_model(engine: Any, tokenizer: Any, folder: Path) -> None:
+    """Write weights and tokenizer for ``GPT2LMHeadModel.from_pretrained``.
+
+    Every rank must call this together: under ZeRO-3 the weights are gathered one by one.
+    """
+    state = {}
+    writes = torch.distributed.get_rank() == 0
+    for name, param in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([param]):
+            if writes:
+                state[name] = param.detach().cpu().clone()
+    if writes:
+        engine.module.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)

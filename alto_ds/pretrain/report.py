@@ -1,0 +1,113 @@
+"""What does a run leave to look at? The progress bar, ``metrics.jsonl`` and the curves."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Report:
+    """Written by rank 0; on other ranks every method does nothing.
+
+    Args:
+        folder: the run's output folder.
+        first_step: steps that were done before; later lines in the file are dropped, for they
+            come from steps after the checkpoint.
+        last_step: number of the last step.
+        active: whether this is rank 0.
+    """
+
+    def __init__(self, folder: Path, first_step: int, last_step: int, active: bool) -> None:
+        self.folder = folder
+        self.active = active
+        if not active:
+            return
+        self.path = folder / "metrics.jsonl"
+        self.rows = [row for row in read_metrics(self.path) if row["step"] <= first_step]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.path, "w", buffering=1)  # noqa: SIM115  open for the whole run
+        for row in self.rows:
+            self._write(row)
+        self.bar = tqdm(
+            total=last_step, initial=first_step, unit="step", desc="Training", dynamic_ncols=True
+        )
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Record one training step, and its evaluation where there was one."""
+        if not self.active:
+            return
+        self.rows.append(row)
+        self._write(row)
+        self.bar.update(row["step"] - self.bar.n)
+        self.bar.set_postfix(
+            loss=f"{row['loss']:.3f}",
+            ppl=f"{perplexity(row['loss']):.1f}",
+            tokens_s=f"{row['tokens_per_second']:,.0f}",
+        )
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar."""
+        if self.active:
+            self.bar.write(line)
+
+    def close(self) -> None:
+        """End the progress bar and the file."""
+        if self.active:
+            self.bar.close()
+            self.file.close()
+
+    def draw(self) -> None:
+        """Write ``curves.png``: losses, learning rate and gradient norm over steps."""
+        if not self.active:
+            return
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
+        steps = [row["step"] for row in self.rows]
+        validated = [row for row in self.rows if "val_loss" in row]
+        axes[0].plot(steps, [row["loss"] for row in self.rows], label="training", linewidth=1)
+        axes[0].plot(
+            [row["step"] for row in validated],
+            [row["val_loss"] for row in validated],
+            "o-",
+            label="held-out",
+        )
+        axes[0].legend()
+        axes[1].plot(steps, [row["lr"] for row in self.rows])
+        norms = [row.get("grad_norm") for row in self.rows]
+        axes[2].plot(steps, [float("nan") if norm is None else norm for norm in norms])
+        for axis, title in zip(
+            axes, ("loss (nats per token)", "learning rate", "gradient norm"), strict=True
+        ):
+            axis.set(title=title, xlabel="step")
+            axis.grid(alpha=0.3)
+        figure.savefig(self.folder / "curves.png", dpi=110)
+        pyplot.close(figure)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``; none where there is no file."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # the run was killed while writing the line
+            break
+    return rows

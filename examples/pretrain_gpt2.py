@@ -1,0 +1,10 @@
+"""Pre-train GPT-2 with ALTO under DeepSpeed's ZeRO.
+
+    deepspeed examples/pretrain_gpt2.py --deepspeed_config configs/gpt2_tiny_zero2.json \
+        --model gpt2-tiny --output_dir runs/tiny
+"""
+
+from alto_ds.pretrain.loop import main
+
+if __name__ == "__main__":
+    main()

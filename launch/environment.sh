@@ -1,0 +1,30 @@
+# Sourced by the other scripts: makes .venv at the top of the repository and puts it on PATH.
+# usage: source environment.sh EXTRA, where EXTRA is an extra of pyproject.toml
+# Works from nothing with Python 3.11 or newer (PYTHON names another than python3), and installs
+# again only after pyproject.toml has changed.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-python3}
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "alto-ds needs Python 3.11 or newer; '$python' is not. Set PYTHON to one that is." >&2
+    exit 1
+fi
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+export PATH="$PWD/.venv/bin:$PATH"
+
+# The cache is keyed by the version of Python alone, so environments must not share it.
+export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions"
+export DS_IGNORE_CUDA_DETECTION=1  # nothing is compiled while deepspeed is installed
+
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+stamp=".venv/installed-$1-$(cksum <pyproject.toml | tr -d ' ')"
+if [ ! -f "$stamp" ]; then
+    echo "Installing alto-ds[$1] into .venv ..."
+    pip=(python -m pip --disable-pip-version-check install --quiet)
+    # First, so that no other package chooses a build of PyTorch.
+    if [ "$gpus" -eq 0 ]; then "${pip[@]}" torch==2.13.0; else "${pip[@]}" 'torch>=2.11'; fi
+    "${pip[@]}" --editable ".[$1]"
+    touch "$stamp"
+fi
+
+if [ "$gpus" -eq 0 ]; then export DS_ACCELERATOR=cpu; fi
