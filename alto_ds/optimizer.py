@@ -372,7 +372,8 @@ def _check_settings(group: Mapping[str, Any]) -> None:
     if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 3:
         raise ValueError(
             f"betas={betas!r} must be three numbers (beta1, beta2, beta3): the decay of the "
-            "gradient's average, of the first and of the second moment, such as (0.99, 0.9, 0.99)."
+            "gradient's average, of the first and of the second moment, such as (0.99, 0.9, 0.99). "
+            "Leave betas out for these; Hugging Face Trainer's \"auto\" means Adam's two."
         )
     for name, value in (("lr", group["lr"]), ("weight_decay", group["weight_decay"])):
         if isinstance(value, str) or not value >= 0:

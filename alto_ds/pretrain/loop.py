@@ -122,7 +122,7 @@ class Run:
         assert data is not None
         self.data = data
         config = model_config(arguments.model, data.tokenizer, arguments.dropout)
-        model = make_model(config, arguments.config, arguments.seed)
+        model = make_model(config, arguments.seed)
         self.engine, *_ = deepspeed.initialize(
             model=model, model_parameters=parameter_groups(model), config=arguments.config
         )

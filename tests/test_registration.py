@@ -1,0 +1,84 @@
+"""DeepSpeed's JSON, unmodified scripts, and Hugging Face Trainer."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import launcher
+
+pytest.importorskip("deepspeed")
+
+ALTO = {"type": "ALTO", "params": {"lr": 0.01, "betas": [0.9, 0.9, 0.99], "alpha": -5.0}}
+E = {"type": "E", "params": {"optimizer": "AdamW", "alpha": -5.0, "beta": 0.9, "lr": 0.01}}
+
+
+def config(folder: Path, stage: int, optimizer: dict[str, Any] | None, **more: Any) -> str:
+    content = {
+        "train_micro_batch_size_per_gpu": 8,
+        "zero_optimization": {"stage": stage},
+        "steps_per_print": 10**9,
+    } | more
+    if optimizer:
+        content["optimizer"] = optimizer
+    path = folder / "config.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_importing_alto_ds_does_not_import_deepspeed() -> None:
+    code = "import alto_ds, sys; assert not any(m.startswith('deepspeed') for m in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("stage", "optimizer"), [(2, ALTO), (3, E)])
+def test_an_unmodified_script_runs_through_alto_ds_run(
+    tmp_path: Path, stage: int, optimizer: dict[str, Any]
+) -> None:
+    script = ["tests/scripts/train_plain.py", "--greeting", "hello"]
+    arguments = ["--deepspeed", "--deepspeed_config", config(tmp_path, stage, optimizer)]
+    output = launcher.run(2, "--module", "alto_ds.run", *script, *arguments, folder=tmp_path)
+    found = re.search(r"RESULT hello (\w+) (\S+) (\S+)", output)
+    assert found, output[-3000:]
+    assert found[1] == optimizer["type"]
+    assert float(found[3]) < 0.8 * float(found[2])
+
+
+def test_alto_ds_run_names_what_is_missing() -> None:
+    for arguments, message in (([], "no script named"), (["none.py"], "no script 'none.py'")):
+        run = subprocess.run(
+            [sys.executable, "-m", "alto_ds.run", "--local_rank=0", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode != 0
+        assert message in run.stderr
+
+
+@pytest.mark.parametrize("route", ["json", "class"])
+def test_trainer_trains_with_alto_on_two_ranks(tmp_path: Path, route: str) -> None:
+    pytest.importorskip("accelerate")
+    optimizer = None
+    if route == "json":
+        # Trainer insists that betas and eps in the JSON be Adam's: leave them to ALTO.
+        optimizer = {"type": "ALTO", "params": {"lr": "auto", "weight_decay": "auto", "alpha": -5}}
+    path = config(tmp_path, 2, optimizer, gradient_accumulation_steps="auto")
+    output = launcher.run(
+        2, "tests/scripts/train_with_trainer.py", route, path, str(tmp_path), folder=tmp_path
+    )
+    found = re.search(r"RESULT (.*)", output)
+    assert found, output[-3000:]
+    result = json.loads(found[1])
+    assert result["optimizer"] == "ALTO"
+    assert result["ranks"] == 2
+    # The JSON's route has one group; Trainer's own splits off what is not decayed.
+    assert result["groups"] == (1 if route == "json" else 2)
+    assert result["layers"] == result["parameters"]
+    assert result["losses"][-1] < 0.8 * result["losses"][0]
