@@ -110,20 +110,14 @@ CASES: dict[str, Case] = {
         zero={"stage": 1}, config=BF16_ACCUMULATED_IN_FP32, gas=4, wrapper="BF16_Optimizer"
     ),
     "zero1-fp16": Case(zero={"stage": 1}, config=FP16),
-    "zero1-offload": Case(
-        zero={"stage": 1} | OFFLOAD, config={"zero_force_ds_cpu_optimizer": False}
-    ),
+    "zero1-offload": Case(zero={"stage": 1} | OFFLOAD),
     "zero2-fp32": Case(zero={"stage": 2}),
     "zero2-fp32-gas4": Case(zero={"stage": 2}, gas=4),
     "zero2-bf16": Case(zero={"stage": 2}, config=BF16),
     "zero2-fp16": Case(zero={"stage": 2}, config=FP16, gas=4),
     "zero2-round-robin": Case(zero={"stage": 2, "round_robin_gradients": True}),
-    "zero2-offload": Case(
-        zero={"stage": 2} | OFFLOAD, config={"zero_force_ds_cpu_optimizer": False}, gas=4
-    ),
-    "zero2-offload-bf16": Case(
-        zero={"stage": 2} | OFFLOAD, config=BF16 | {"zero_force_ds_cpu_optimizer": False}
-    ),
+    "zero2-offload": Case(zero={"stage": 2} | OFFLOAD, gas=4),
+    "zero2-offload-bf16": Case(zero={"stage": 2} | OFFLOAD, config=BF16),
     "zero2-lamb": Case(zero={"stage": 2}, optimizer={"alpha": 0.0}),
     "zero2-vanilla": Case(
         zero={"stage": 2},
@@ -139,14 +133,24 @@ CASES: dict[str, Case] = {
     "zero3-fp16": Case(zero=ZERO3, config=FP16, wrapper=STAGE3),
     "zero3-init": Case(zero=ZERO3, config=BF16, zero_init=True, wrapper=STAGE3),
     "zero3-sub-groups": Case(zero=ZERO3 | {"sub_group_size": 100}, wrapper=STAGE3),
-    "zero3-offload": Case(
-        zero=ZERO3 | OFFLOAD, config={"zero_force_ds_cpu_optimizer": False}, gas=4, wrapper=STAGE3
-    ),
+    "zero3-offload": Case(zero=ZERO3 | OFFLOAD, gas=4, wrapper=STAGE3),
     "zero3-lamb": Case(zero=ZERO3, optimizer={"alpha": 0.0}, wrapper=STAGE3),
     "overflow-zero0": Case(config=FP16, wrapper="FP16_UnfusedOptimizer", worlds=(2, 3)),
     "overflow-zero1": Case(zero={"stage": 1}, config=FP16, worlds=(2, 3)),
     "overflow-zero2": Case(zero={"stage": 2}, config=FP16, worlds=(2, 3)),
     "overflow-zero3": Case(zero=ZERO3, config=FP16, wrapper=STAGE3, worlds=(2, 3)),
+    "resume-zero0-fp32": Case(wrapper="ALTO", worlds=(2,)),
+    "resume-zero0-bf16": Case(config=BF16, wrapper="FP16_UnfusedOptimizer", worlds=(2,)),
+    "resume-zero1": Case(
+        zero={"stage": 1},
+        config=BF16_ACCUMULATED_IN_FP32,
+        wrapper="BF16_Optimizer",
+        worlds=(2,),
+    ),
+    "resume-zero2": Case(zero={"stage": 2}, config=FP16, worlds=(2,)),
+    "resume-zero3": Case(zero=ZERO3, config=BF16, wrapper=STAGE3, worlds=(2,)),
+    "resume-e-zero2": Case(zero={"stage": 2}, optimizer_type="E", worlds=(2,)),
+    "ddp": Case(sharded=False, worlds=(2, 3)),
     "e-zero0-fp32": Case(optimizer_type="E", wrapper="E", sharded=False),
     "e-zero1-bf16-fp32-accumulation": Case(
         zero={"stage": 1},

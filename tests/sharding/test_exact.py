@@ -23,6 +23,7 @@ from tests.sharding.cases import CASES
 pytest.importorskip("deepspeed")
 
 WORLDS = (1, 2, 3, 4)
+OTHER = ("overflow", "resume", "ddp")  # cases that measure other things
 STATES = ("exp_avg_grad", "exp_avg", "exp_avg_sq")
 
 
@@ -60,7 +61,7 @@ def rows(prefix: str = "", *, without: tuple[str, ...] = ()) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("world_size", "name"), rows(without=("naive", "overflow")))
+@pytest.mark.parametrize(("world_size", "name"), rows(without=("naive", *OTHER)))
 def test_masters_and_states_equal_the_unsharded_optimizer(world_size: int, name: str) -> None:
     case = CASES[name]
     for rank in measured(world_size, name):
@@ -85,7 +86,7 @@ def test_trust_ratios_are_those_of_whole_layers_on_every_rank(world_size: int, n
             assert rank["ratios"][layer] == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
-@pytest.mark.parametrize(("world_size", "name"), rows(without=("overflow",)))
+@pytest.mark.parametrize(("world_size", "name"), rows(without=OTHER))
 def test_layers_straddle_ranks_and_padding_is_poisoned(world_size: int, name: str) -> None:
     """The precondition of the matrix: otherwise it would prove nothing."""
     ranks = measured(world_size, name)
@@ -109,6 +110,19 @@ def test_a_step_skipped_by_overflow_changes_nothing(world_size: int, name: str) 
         assert rank["skipped_steps"] == 1
         assert rank["changed_by_skipped"] == 0
         assert rank["changed_by_next"] > 0
+
+
+@pytest.mark.parametrize(("world_size", "name"), rows("resume"))
+def test_a_checkpoint_restores_weights_and_states_to_the_bit(world_size: int, name: str) -> None:
+    for rank in measured(world_size, name):
+        assert rank["wrapper"] == CASES[name].wrapper
+        assert rank["tensors"] > 10
+        assert rank["changed_by_resuming"] == 0
+
+
+@pytest.mark.parametrize(("world_size", "name"), rows("ddp"))
+def test_distributed_data_parallel_equals_one_process(world_size: int, name: str) -> None:
+    assert all(rank["masters"] < 1e-6 for rank in measured(world_size, name))
 
 
 @pytest.mark.parametrize("stage", [2, 3])

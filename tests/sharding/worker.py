@@ -9,6 +9,7 @@ gradients. Rank 0 writes what it measured as JSON.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -359,9 +360,90 @@ def run_case(case: Case) -> dict[str, Any]:
     )
     result["owned"] = sum(tensor.numel() for tensor in pieces)
     engine.destroy()
+    return from_all(result)
+
+
+def snapshot(alto: Any, pieces: dict[Tensor, list[Piece]]) -> list[Tensor]:
+    """Copies of the layers' parts in weights and states, and the numbers of steps."""
+    values = []
+    for tensor, parts in pieces.items():
+        state = alto.state[tensor]
+        flats = [tensor, *(state[key] for key in STATES if key in state)]
+        for flat in flats:
+            values += [flat.flatten()[p.offset : p.offset + p.length] for p in parts]
+        values.append(torch.as_tensor(state.get("step", 0)))
+    return [value.detach().clone() for value in values]
+
+
+def changes(left: list[Tensor], right: list[Tensor]) -> int:
+    """How many of the tensors differ in a bit."""
+    assert len(left) == len(right)
+    return sum(not torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def from_all(result: dict[str, Any]) -> dict[str, Any]:
+    """The results of all ranks, on every rank."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, result)
     return {"ranks": everyone}
+
+
+def run_resume(case: Case) -> dict[str, Any]:
+    """Save, train on, load, and train on again: both ways on must be the same to the bit."""
+    engine = make_engine(case)
+    alto = bare(engine)
+    pieces = pieces_of(engine, alto)
+    folder = os.path.join(os.path.dirname(sys.argv[1]), f"{id_of(case)}")
+    for step in range(3):
+        train_step(engine, case, step)
+    engine.save_checkpoint(folder)
+    for step in range(3, 6):
+        train_step(engine, case, step)
+    straight = snapshot(alto, pieces)
+    engine.destroy()
+
+    engine = make_engine(case)  # anew, as another process would
+    alto = bare(engine)
+    pieces = pieces_of(engine, alto)
+    engine.load_checkpoint(folder)
+    for step in range(3, 6):
+        train_step(engine, case, step)
+    result = {
+        "wrapper": type(engine.optimizer).__name__,
+        "changed_by_resuming": changes(straight, snapshot(alto, pieces)),
+        "tensors": len(straight),
+    }
+    engine.destroy()
+    return from_all(result)
+
+
+def id_of(case: Case) -> str:
+    """The case's name."""
+    return next(name for name, candidate in CASES.items() if candidate is case)
+
+
+def run_ddp(case: Case) -> dict[str, Any]:
+    """DistributedDataParallel without DeepSpeed, against the yardstick on the whole batch."""
+    model = Model()
+    ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    alto = alto_ds.ALTO(model.groups(), **case.settings)
+    yardstick = Yardstick(
+        {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, case
+    )
+    world_size, batch = dist.get_world_size(), case.batch(dist.get_world_size())
+    own = batch // world_size
+    for step in range(STEPS):
+        first = step * batch + dist.get_rank() * own
+        model.zero_grad()
+        ddp(range(first, first + own)).backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        yardstick.step(
+            {n: g.clone() for n, g in grads.items()}, [group["lr"] for group in alto.param_groups]
+        )
+        alto.step()
+    found = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    expected = {n: p.detach() for n, p in yardstick.params.items()}
+    return from_all({"masters": deviation(found, expected)})
 
 
 def run_overflow(case: Case) -> dict[str, Any]:
@@ -369,36 +451,25 @@ def run_overflow(case: Case) -> dict[str, Any]:
     engine = make_engine(case)
     alto = bare(engine)
     pieces = pieces_of(engine, alto)
-
-    def snapshot() -> list[Tensor]:
-        values = list(pieces)
-        for tensor in pieces:
-            values += [v for _, v in sorted(alto.state[tensor].items()) if torch.is_tensor(v)]
-            values.append(torch.tensor(alto.state[tensor]["step"]))
-        return [value.detach().clone() for value in values]
-
-    def changes(left: list[Tensor], right: list[Tensor]) -> int:
-        assert len(left) == len(right)
-        return sum(not torch.equal(a, b) for a, b in zip(left, right, strict=True))
-
     for step in range(3):
         train_step(engine, case, step)
-    before = snapshot()
+    before = snapshot(alto, pieces)
     engine.module.overflows = dist.get_rank() == dist.get_world_size() - 1
     train_step(engine, case, 3)
-    skipped = snapshot()
+    skipped = snapshot(alto, pieces)
     engine.module.overflows = False
     train_step(engine, case, 4)
     result = {
         "wrapper": type(engine.optimizer).__name__,
         "changed_by_skipped": changes(before, skipped),
-        "changed_by_next": changes(skipped, snapshot()),
+        "changed_by_next": changes(skipped, snapshot(alto, pieces)),
         "skipped_steps": engine.skipped_steps,
     }
     engine.destroy()
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, result)
-    return {"ranks": everyone}
+    return from_all(result)
+
+
+RUNS = {"overflow": run_overflow, "resume": run_resume, "ddp": run_ddp}
 
 
 def main() -> None:
@@ -415,8 +486,8 @@ def main() -> None:
     for name, case in CASES.items():
         if dist.get_world_size() in case.worlds:
             try:
-                run = run_overflow if name.startswith("overflow") else run_case
-                results[name] = run(case)
+                kind = name.split("-")[0]
+                results[name] = RUNS.get(kind, run_case)(case)
             except Exception:
                 results[name] = {"error": traceback.format_exc()}
     if dist.get_rank() == 0:
