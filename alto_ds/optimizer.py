@@ -285,13 +285,14 @@ class ALTO(Optimizer):
         DeepSpeed's FP16_UnfusedOptimizer does so, with gradients of zeros. Such a call must not
         count as a step, nor decay the weights.
         """
-        return all(
-            shard.layout.master_copy
-            and not shard.layout.layers[0].groups
-            and self.state[shard.tensor][STEP] == 0
-            and not shard.grad.any()
-            for shard in shards
-        )
+        if not all(s.layout.master_copy and self.state[s.tensor][STEP] == 0 for s in shards):
+            return False
+        # All ranks that share a layer must decide alike.
+        used = [float(shard.grad.any()) for shard in shards]
+        nonzero = torch.tensor(used, device=shards[0].grad.device)
+        nonzero = nonzero[:, None].repeat(1, 2)
+        add_over_ranks(nonzero, [shard.layout.layers[0] for shard in shards])
+        return not nonzero.any()
 
     def _ratios(self, group: dict[str, Any], sums: Tensor) -> Tensor:
         """Trust ratios ``[layers]`` of one tensor's layers from their sums ``[layers, 2]``."""

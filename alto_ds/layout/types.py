@@ -54,7 +54,7 @@ class Layout:
         layers: every layer that has a part of this tensor *on any rank*, in an order that is the
             same on all ranks. A rank may hold no fragment of some of them, or of all.
         fragments: the ranges that are in this rank's tensor.
-        master_copy: the tensor is a wrapper's copy, not the model's own parameter.
+        master_copy: the tensor is a wrapper's copy of one whole parameter.
     """
 
     layers: tuple[Layer, ...]

@@ -1,4 +1,4 @@
-"""Tensors that are not sharded: the model's parameters, or whole master copies of them.
+"""Tensors that are not cut by data parallelism: parameters, or whole master copies of them.
 
 Covers one process, ``DistributedDataParallel``, ZeRO stage 0 and DeepSpeed's
 ``FP16_UnfusedOptimizer`` (stage 0 with fp16 or bf16), which puts an fp32 copy of each trainable
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from alto_ds.layout import tensor_parallel
 from alto_ds.layout.types import Fragment, Layer, Layout, Names
 
 
@@ -34,7 +35,7 @@ def resolve(
         )
     return [
         Layout(
-            layers=(Layer(param, names[param]),),
+            layers=(Layer(param, names[param], tensor_parallel.groups_of(param, names[param])),),
             fragments=(Fragment(layer=0, start=0, length=tensor.numel(), offset=0),),
             master_copy=tensor is not param,
         )

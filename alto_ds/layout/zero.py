@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from alto_ds.layout import tensor_parallel
 from alto_ds.layout.types import Fragment, Layer, Layout, Names
 
 
@@ -31,9 +32,16 @@ def resolve(
     return None
 
 
-def _groups(group: ProcessGroup) -> tuple[ProcessGroup, ...]:
-    """The groups to add over: none where one rank holds everything, so that nothing is sent."""
-    return (group,) if dist.get_world_size(group) > 1 else ()
+def _layers(params: Sequence[Any], group: ProcessGroup, names: Names) -> tuple[Layer, ...]:
+    """The layers of ``params``, which the ranks of ``group`` share.
+
+    A group of one rank is left out, so that nothing is sent for it.
+    """
+    shared = (group,) if dist.get_world_size(group) > 1 else ()
+    return tuple(
+        Layer(param, names[param], (*shared, *tensor_parallel.groups_of(param, names[param])))
+        for param in params
+    )
 
 
 def _slice(flat: torch.Tensor, params: Sequence[Any], names: Names) -> Layout:
@@ -59,8 +67,7 @@ def _slice(flat: torch.Tensor, params: Sequence[Any], names: Names) -> Layout:
         high = min(layer_begin + param.numel(), end)
         if low < high:
             fragments.append(Fragment(index, low - layer_begin, high - low, low - begin))
-    layers = tuple(Layer(param, names[param], _groups(group)) for param in params)
-    return Layout(layers, tuple(fragments), master_copy=True)
+    return Layout(_layers(params, group, names), tuple(fragments))
 
 
 def _parts(flat: torch.Tensor, zero3: Any, names: Names) -> Layout:
@@ -84,5 +91,4 @@ def _parts(flat: torch.Tensor, zero3: Any, names: Names) -> Layout:
         if length > 0:
             fragments.append(Fragment(index, start, length, offset))
         offset += part
-    layers = tuple(Layer(param, names[param], _groups(param.ds_process_group)) for param in params)
-    return Layout(layers, tuple(fragments), master_copy=True)
+    return Layout(_layers(params, params[0].ds_process_group, names), tuple(fragments))

@@ -7,17 +7,11 @@ All cases of a number of ranks share one launch; see ``worker.py`` for what is m
 
 from __future__ import annotations
 
-import functools
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.launcher import report_of
 from tests.sharding.cases import CASES
 
 pytest.importorskip("deepspeed")
@@ -27,27 +21,9 @@ OTHER = ("overflow", "resume", "ddp")  # cases that measure other things
 STATES = ("exp_avg_grad", "exp_avg", "exp_avg_sq")
 
 
-@functools.cache
-def launch(world_size: int) -> dict[str, Any]:
-    """Run all cases on ``world_size`` ranks and return what they measured."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "report.json")
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            f"--nproc_per_node={world_size}",
-            *("-m", "tests.sharding.worker", str(report)),
-        ]
-        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        run = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=600, check=False
-        )
-        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
-        return json.loads(report.read_text())
-
-
 def measured(world_size: int, name: str) -> list[dict[str, Any]]:
     """What each rank measured for one case."""
-    result = launch(world_size)[name]
+    result = report_of("tests.sharding.worker", world_size)[name]
     assert "error" not in result, result["error"]
     return result["ranks"]
 
