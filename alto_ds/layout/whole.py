@@ -14,6 +14,10 @@ import torch
 from alto_ds.layout import tensor_parallel
 from alto_ds.layout.types import Fragment, Layer, Layout, Names
 
+# Attributes of DTensor, of FSDP1's flat parameters, and of the parameters it shows in their place.
+# By attribute, for importing torch.distributed.tensor takes longer than all of alto_ds.
+_FSDP_MARKS = ("device_mesh", "_is_flat_param", "_fsdp_flattened")
+
 
 def resolve(
     tensors: Sequence[torch.Tensor], params: Sequence[torch.Tensor], names: Names
@@ -26,13 +30,13 @@ def resolve(
         owners = [p for p in params if p.requires_grad and p.numel() > 0]
         if [p.shape for p in owners] != [tensor.shape for tensor in tensors]:
             return None
-    # Asked by attribute: importing torch.distributed.tensor takes longer than all of alto_ds.
-    if any(hasattr(param, "device_mesh") for param in owners):
-        raise RuntimeError(
-            "alto_ds does not support DTensor parameters (FSDP2's fully_shard, "
-            "parallelize_module): a rank would see only its own part of each layer. Use "
-            "DistributedDataParallel or DeepSpeed's ZeRO."
-        )
+    for param in owners:
+        if any(hasattr(param, mark) for mark in _FSDP_MARKS):
+            raise RuntimeError(
+                f"alto_ds does not support parameter {names[param]}, which FSDP or DTensor "
+                "(fully_shard, parallelize_module) has sharded: a rank would see only its own "
+                "part of the layer. Use DistributedDataParallel or DeepSpeed's ZeRO."
+            )
     return [
         Layout(
             layers=(Layer(param, names[param], tensor_parallel.groups_of(param, names[param])),),

@@ -54,11 +54,13 @@ def _slice(flat: torch.Tensor, params: Sequence[Any], names: Names) -> Layout:
     begin = dist.get_rank(group) * flat.numel()
     end = begin + flat.numel()
     buffer_begin = min(param.storage_offset() for param in params)
-    if len({param.untyped_storage().data_ptr() for param in params}) != 1:
+    buffer_end = max(param.storage_offset() + param.numel() for param in params)
+    fits = buffer_end - buffer_begin <= flat.numel() * dist.get_world_size(group)
+    if not fits or len({param.untyped_storage().data_ptr() for param in params}) != 1:
         raise RuntimeError(
             f"alto_ds expects the {len(params)} parameters of a ZeRO group to be views of one "
-            "flat buffer, and they are not: were they moved or reloaded after "
-            "deepspeed.initialize()? Take the first step before doing that."
+            f"flat buffer, of which each rank has {flat.numel()} elements, and they are not: were "
+            "they moved or reloaded after deepspeed.initialize()? Take a step before doing that."
         )
     fragments = []
     for index, param in enumerate(params):

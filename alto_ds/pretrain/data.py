@@ -60,11 +60,8 @@ class Sequences:
         backend = self.tokenizer.backend_tokenizer.to_str()
         origin = arguments.dataset if arguments.streaming else training._fingerprint
         self.fingerprint = _digest(backend, origin, self.length)
-        self.validation = torch.tensor(
-            list(itertools.chain.from_iterable(self._pack(held_out)[TOKENS]))
-            if not arguments.streaming
-            else [token for row in self._pack(held_out) for token in row[TOKENS]]
-        ).view(-1, self.length)
+        validation = itertools.islice(self._pack(held_out), arguments.validation_sequences)
+        self.validation = torch.tensor([row[TOKENS] for row in validation]).view(-1, self.length)
         self._training = self._pack(training)
         if not arguments.streaming:
             self._training = self._training.with_format("torch")

@@ -45,6 +45,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--text_column", default="text", help="column of the dataset with the text")
     data.add_argument("--streaming", action="store_true", help="do not download the dataset first")
     data.add_argument("--validation_fraction", type=float, default=0.02, help="held-out documents")
+    data.add_argument("--validation_sequences", type=int, default=2000, help="at most so many")
     data.add_argument("--tokenizer", help="hub name or folder (default: train a byte-level BPE)")
     data.add_argument("--vocab_size", type=int, default=4096, help="of the tokenizer to train")
     data.add_argument(
@@ -65,7 +66,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--deepspeed_config={config_path} is no file; name a JSON from configs/")
     if arguments.text and arguments.dataset:
         parser.error("--text and --dataset both name text; give one of them")
-    for name in ("max_steps", "eval_interval", "save_interval", "seq_length", "vocab_size"):
+    for name in (
+        "max_steps",
+        "eval_interval",
+        "save_interval",
+        "seq_length",
+        "validation_sequences",
+        "vocab_size",
+    ):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name}={value} must be at least 1")
@@ -146,26 +154,36 @@ class Run:
         """Load the latest checkpoint; return the number of steps it has done, 0 without one."""
         if not (self.checkpoints / "latest").is_file():
             return 0
+        on_ranks(self.rank == 0, self._check_identity)
         path, state = self.engine.load_checkpoint(str(self.checkpoints))
         if path is None:
             raise SetupError(
                 f"the checkpoint that {self.checkpoints}/latest names cannot be loaded; write "
                 "another folder's name into that file, or remove it to start anew."
             )
-        for key, now in self.identity.items():
-            then = state["identity"].get(key)
-            if then != now:
-                raise SetupError(
-                    f"the run in {self.folder} was started with {key}={then}, now it is {now}; use "
-                    "the same settings to resume it, or another --output_dir to start anew."
-                )
         return state["step"]
+
+    def _check_identity(self) -> None:
+        """Refuse to go on with a run that would not be the same one, before anything is loaded."""
+        then = json.loads((self.folder / "run.json").read_text())
+        changed = [
+            f"{key}={then.get(key)}, now {now}"
+            for key, now in self.identity.items()
+            if then.get(key) != now
+        ]
+        if changed:
+            raise SetupError(
+                f"the run in {self.folder} was started with {'; '.join(changed)}. Use the same "
+                "settings to resume it, or another --output_dir to start anew."
+            )
 
     def save(self) -> None:
         """Write a checkpoint and remove older ones. All ranks must call this together."""
-        state = {"step": self.step, "identity": self.identity}
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "run.json").write_text(json.dumps(self.identity, indent=2) + "\n")
         self.engine.save_checkpoint(
-            str(self.checkpoints), tag=f"step{self.step:07d}", client_state=state
+            str(self.checkpoints), tag=f"step{self.step:07d}", client_state={"step": self.step}
         )
         dist.barrier()
         if self.rank == 0:

@@ -125,8 +125,9 @@ def test_ranks_and_stages_do_not_matter(folder: Path, ranks: int, stage: int) ->
 
 def test_resuming_with_other_settings_is_refused(folder: Path, straight: str) -> None:
     arguments = command(folder, "straight", dropout=0.1, seed=4321)
-    output = launcher.run(2, *arguments, folder=folder, fails=True)
-    assert "was started with" in output
+    output = launcher.run(1, *arguments, folder=folder, fails=True)
+    assert "was started with seed=1234, now 4321; " in output
+    assert "ranks=2, now 1. Use the same settings" in output
     assert "another --output_dir" in output
 
 
