@@ -2,9 +2,11 @@
 
 .. code-block:: python
 
+    from alto_ds.megatron import mpu
     from megatron.core import parallel_state
+
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
-    engine, *_ = deepspeed.initialize(model=model, mpu=alto_ds.megatron.mpu(), config=config, ...)
+    engine, *_ = deepspeed.initialize(model=model, mpu=mpu(), config=config, ...)
 """
 
 from __future__ import annotations

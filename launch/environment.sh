@@ -14,7 +14,6 @@ export PATH="$PWD/.venv/bin:$PATH"
 
 # The cache is keyed by the version of Python alone, so environments must not share it.
 export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions"
-export DS_IGNORE_CUDA_DETECTION=1  # nothing is compiled while deepspeed is installed
 
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
 stamp=".venv/installed-$1-$(cksum <pyproject.toml | tr -d ' ')"
@@ -23,7 +22,8 @@ if [ ! -f "$stamp" ]; then
     pip=(python -m pip --disable-pip-version-check install --quiet)
     # First, so that no other package chooses a build of PyTorch.
     if [ "$gpus" -eq 0 ]; then "${pip[@]}" torch==2.13.0; else "${pip[@]}" 'torch>=2.11'; fi
-    "${pip[@]}" --editable ".[$1]"
+    # Without it DeepSpeed's installation asks for a CUDA compiler, which it does not use.
+    DS_IGNORE_CUDA_DETECTION=1 "${pip[@]}" --editable ".[$1]"
     touch "$stamp"
 fi
 

@@ -30,8 +30,8 @@ def resolve(
         owners = [p for p in params if p.requires_grad and p.numel() > 0]
         if [p.shape for p in owners] != [tensor.shape for tensor in tensors]:
             return None
-    for param in owners:
-        if any(hasattr(param, mark) for mark in _FSDP_MARKS):
+    for tensor, param in zip(tensors, owners, strict=True):
+        if any(hasattr(tensor, mark) for mark in _FSDP_MARKS):
             raise RuntimeError(
                 f"alto_ds does not support parameter {names[param]}, which FSDP or DTensor "
                 "(fully_shard, parallelize_module) has sharded: a rank would see only its own "

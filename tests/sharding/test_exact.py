@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.launcher import report_of
-from tests.sharding.cases import CASES
+from tests.sharding.cases import CASES, STEPS
 
 pytest.importorskip("deepspeed")
 
@@ -111,6 +111,22 @@ def test_gradient_accumulation_and_number_of_ranks_do_not_matter(stage: int) -> 
             weights = measured(world_size, name)[0]["weights"]
             for layer, values in expected.items():
                 assert weights[layer] == pytest.approx(values, rel=1e-5, abs=1e-7), (name, layer)
+
+
+@pytest.mark.parametrize(("world_size", "name"), rows("zero"))
+def test_one_all_reduce_of_16_bytes_a_layer_for_each_call_of_step(
+    world_size: int, name: str
+) -> None:
+    """Counted by a stand-in for torch.distributed.all_reduce; none where nothing is sharded."""
+    for rank in measured(world_size, name):
+        calls = rank["sent"]
+        assert len(calls) >= STEPS
+        if world_size == 1 or not CASES[name].sharded:
+            assert not any(calls)
+            continue
+        assert all(len(sizes) == 1 for sizes in calls)
+        layers = len(rank["right_ratios"])
+        assert sum(size for (size,) in calls) == 16 * layers * STEPS
 
 
 @pytest.mark.parametrize(("world_size", "name"), rows("zero", without=("zero0",)))

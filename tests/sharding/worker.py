@@ -215,15 +215,24 @@ class Recorder:
         self.pieces = pieces
         self.grads: list[dict[Tensor, Tensor]] = []
         self.grad_padding: dict[Tensor, Tensor] = {}
+        self.sent: list[list[int]] = []  # bytes of each all-reduce in each call of step()
+        self.all_reduce = dist.all_reduce
         self.padding = 0
 
+    def counted_all_reduce(self, tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        self.sent[-1].append(tensor.numel() * tensor.element_size())
+        return self.all_reduce(tensor, *arguments, **options)
+
     def after(self, *_: Any) -> None:
+        dist.all_reduce = self.all_reduce
         for tensor, padding in self.grad_padding.items():
             assert tensor.grad is not None
             tensor.grad[padding_of(tensor, self.pieces[tensor])] = padding
         self.grad_padding.clear()
 
     def before(self, alto: alto_ds.ALTO, *_: Any) -> None:
+        self.sent.append([])
+        dist.all_reduce = self.counted_all_reduce
         for group in alto.param_groups:
             for tensor in group["params"]:
                 if tensor.grad is None:
@@ -352,6 +361,7 @@ def run_case(case: Case) -> dict[str, Any]:
     result["fragments"] = sum(p.length > 0 for parts in pieces.values() for p in parts)
     result["padding_only"] = any(all(p.length == 0 for p in parts) for parts in pieces.values())
     result["padding"] = recorder.padding
+    result["sent"] = recorder.sent
     result["state_bytes"] = sum(
         value.numel() * value.element_size()
         for state in alto.state.values()
