@@ -1,0 +1,129 @@
+"""The fragments of all ranks tile every layer exactly once, for any shapes and number of ranks.
+
+ZeRO's tensors are imitated here without processes, from the rules that ``alto_ds/layout/zero.py``
+states; ``tests/sharding`` has the real ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from alto_ds.layout import Layout, resolve
+
+hypothesis = pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Group:
+    """Stands in for a process group, as one of its ranks sees it."""
+
+    rank: int
+    size: int
+
+
+@pytest.fixture(scope="module", autouse=True)
+def virtual_ranks() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "get_rank", lambda group: group.rank)
+        patch.setattr(dist, "get_world_size", lambda group: group.size)
+        yield
+
+
+def flat_group(
+    sizes: list[int], order: list[int], gap: int, group: Group
+) -> tuple[Any, list[nn.Parameter]]:
+    """ZeRO-1/2: views of a padded buffer in any order, with gaps; this rank's slice."""
+    offsets, position = [0] * len(sizes), 0
+    for index in order:
+        offsets[index] = position
+        position += sizes[index] + gap
+    part = -(-position // group.size)
+    buffer = torch.zeros(part * group.size)
+    params = []
+    for size, offset in zip(sizes, offsets, strict=True):
+        param: Any = nn.Parameter(torch.empty(0))
+        param.data = buffer[offset : offset + size]
+        param._hp_mapping, param._dp_group = None, group
+        params.append(param)
+    return nn.Parameter(torch.empty(part)), params
+
+
+def zero3_group(sizes: list[int], group: Group) -> tuple[Any, list[nn.Parameter]]:
+    """ZeRO-3: each parameter's data is elsewhere, this rank's parts are in a row."""
+    params = []
+    for size in sizes:
+        param: Any = nn.Parameter(torch.empty(0))
+        param.ds_numel, param.ds_process_group = size, group
+        param.ds_tensor = SimpleNamespace(ds_numel=-(-size // group.size))
+        params.append(param)
+    flat = nn.Parameter(torch.empty(sum(p.ds_tensor.ds_numel for p in params)))
+    zero3 = SimpleNamespace(fp32_partitioned_groups_flat=[flat], fp16_groups=[params])
+    for param in params:
+        param._z3_optimizer = zero3
+    return flat, params
+
+
+def check_tiling(layouts: list[Layout], lengths: list[int], sizes: list[int]) -> None:
+    """All ranks together cover each layer once; one rank's ranges do not overlap in its tensor."""
+    covered: list[list[tuple[int, int]]] = [[] for _ in sizes]
+    for layout, length in zip(layouts, lengths, strict=True):
+        assert [layer.name for layer in layout.layers] == [str(i) for i in range(len(sizes))]
+        end = 0
+        for fragment in sorted(layout.fragments, key=lambda f: f.offset):
+            assert fragment.length > 0
+            assert fragment.offset >= end
+            end = fragment.offset + fragment.length
+            covered[fragment.layer].append((fragment.start, fragment.length))
+        assert end <= length
+    for ranges, size in zip(covered, sizes, strict=True):
+        position = 0
+        for start, length in sorted(ranges):
+            assert start == position
+            position += length
+        assert position == size
+
+
+SIZES = st.lists(st.integers(1, 300), min_size=1, max_size=12)
+RANKS = st.integers(1, 64)
+
+
+@settings(deadline=None, max_examples=200)
+@given(sizes=SIZES, ranks=RANKS, gap=st.integers(0, 16), data=st.data())
+def test_slices_of_a_flat_buffer_tile_every_layer(
+    sizes: list[int], ranks: int, gap: int, data: Any
+) -> None:
+    order = data.draw(st.permutations(range(len(sizes))))
+    layouts, lengths = [], []
+    for rank in range(ranks):
+        flat, params = flat_group(sizes, order, gap, Group(rank, ranks))
+        layouts += resolve([flat], params, {p: str(i) for i, p in enumerate(params)})
+        lengths.append(flat.numel())
+    check_tiling(layouts, lengths, sizes)
+
+
+@settings(deadline=None, max_examples=200)
+@given(sizes=SIZES, ranks=RANKS)
+def test_parts_of_zero3_tile_every_layer(sizes: list[int], ranks: int) -> None:
+    layouts, lengths = [], []
+    for rank in range(ranks):
+        flat, params = zero3_group(sizes, Group(rank, ranks))
+        layouts += resolve([flat], params, {p: str(i) for i, p in enumerate(params)})
+        lengths.append(flat.numel())
+    check_tiling(layouts, lengths, sizes)
+
+
+def test_parameters_that_were_moved_out_of_the_buffer_are_refused() -> None:
+    flat, params = flat_group([5, 6], [0, 1], 0, Group(0, 2))
+    params[1].data = torch.zeros(6)
+    with pytest.raises(RuntimeError, match="views of one flat buffer"):
+        resolve([flat], params, dict.fromkeys(params, "layer"))
