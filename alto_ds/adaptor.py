@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import ParamsT
+from torch.utils.hooks import RemovableHandle
 
 from alto_ds import registration
-from alto_ds.optimizer import (
-    EXP_AVG_GRAD,
-    check_alpha,
-    restore_state_dtype,
-    zeros_for_state,
-)
+from alto_ds.optimizer import check_alpha, restore_state_dtype, zeros_for_state
+
+# Not ALTO's key, for ALTO may be the base optimizer and keeps an average of its own.
+E_EXP_AVG_GRAD = "e_exp_avg_grad"
 
 
 class E(Optimizer):
@@ -31,7 +30,7 @@ class E(Optimizer):
     as gradient clipping does.
 
     The one state per parameter, s, is kept beside the base optimizer's states, as
-    ``optimizer.state[param]["exp_avg_grad"]``, and so is saved and restored with them.
+    ``optimizer.state[param]["e_exp_avg_grad"]``, and so is saved and restored with them.
     ``param_groups``, ``state`` and ``defaults`` are the base optimizer's own.
 
     The correction is elementwise, so it is exact however tensors are sharded; what the base
@@ -59,6 +58,8 @@ class E(Optimizer):
                 "E: LBFGS evaluates the model several times in one step, with gradients that no "
                 "correction can reach; use another base optimizer."
             )
+        if isinstance(optimizer, E):
+            raise TypeError("E: the base optimizer is an E already; correct gradients once.")
         check_alpha(alpha, beta, "beta")
         registration.support_in_zero(type(self))
         # The base class would make param_groups of its own; __setstate__ makes all the rest.
@@ -75,7 +76,7 @@ class E(Optimizer):
 
     @property
     def state(self) -> Any:
-        """The base optimizer's states, with ``exp_avg_grad`` beside them."""
+        """The base optimizer's states, with ``e_exp_avg_grad`` beside them."""
         return self.optimizer.state
 
     @state.setter
@@ -112,13 +113,35 @@ class E(Optimizer):
         self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base optimizer's state, in which ``exp_avg_grad`` is included."""
+        """Return the base optimizer's state, in which ``e_exp_avg_grad`` is included."""
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` returned."""
         self.optimizer.load_state_dict(dict(state_dict))
-        restore_state_dtype(self.optimizer, state_dict, (EXP_AVG_GRAD,))
+        restore_state_dtype(self.optimizer, state_dict, (E_EXP_AVG_GRAD,))
+
+    # state_dict and load_state_dict are the base optimizer's, and so are their hooks.
+
+    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        """Register the hook with the base optimizer."""
+        return self.optimizer.register_state_dict_pre_hook(hook, prepend)
+
+    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        """Register the hook with the base optimizer."""
+        return self.optimizer.register_state_dict_post_hook(hook, prepend)
+
+    def register_load_state_dict_pre_hook(
+        self, hook: Any, prepend: bool = False
+    ) -> RemovableHandle:
+        """Register the hook with the base optimizer."""
+        return self.optimizer.register_load_state_dict_pre_hook(hook, prepend)
+
+    def register_load_state_dict_post_hook(
+        self, hook: Any, prepend: bool = False
+    ) -> RemovableHandle:
+        """Register the hook with the base optimizer."""
+        return self.optimizer.register_load_state_dict_post_hook(hook, prepend)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -149,14 +172,14 @@ class E(Optimizer):
         base_loss = self.optimizer.step()
         # Kept only now: base optimizers make their own states where state[param] is empty.
         for param, average in zip(params, averages, strict=True):
-            self.state[param].setdefault(EXP_AVG_GRAD, average)
+            self.state[param].setdefault(E_EXP_AVG_GRAD, average)
         return base_loss if closure is None else loss
 
     def _correct(self, param: Tensor) -> Tensor:
         """Replace ``param.grad`` by g', advance s and return it."""
         assert param.grad is not None
         # Not self.state[param], which would make the empty entry.
-        average = self.state.get(param, {}).get(EXP_AVG_GRAD)
+        average = self.state.get(param, {}).get(E_EXP_AVG_GRAD)
         if average is None:
             average = zeros_for_state(param)
         difference = param.grad - average

@@ -275,8 +275,10 @@ class ALTO(Optimizer):
             state[EXP_AVG_SQ] = zeros_for_state(shard.tensor)
         elif shard.group["alpha"] and EXP_AVG_GRAD not in state:
             raise RuntimeError(
-                f"ALTO: alpha={shard.group['alpha']} needs the state {EXP_AVG_GRAD}, which a run "
-                "with alpha=0 does not keep; go on with alpha=0, or start without that state."
+                f"ALTO: alpha={shard.group['alpha']} needs the state {EXP_AVG_GRAD}, and the "
+                "states that were loaded lack it: a run with alpha=0 does not keep it, and "
+                "DeepSpeed's universal checkpoints drop it. Go on with alpha=0, load an ordinary "
+                "checkpoint, or start without loaded states."
             )
 
     def _only_allocates(self, shards: Sequence[_Shard]) -> bool:
@@ -376,19 +378,28 @@ def _check_settings(group: Mapping[str, Any]) -> None:
             "gradient's average, of the first and of the second moment, such as (0.99, 0.9, 0.99). "
             "Leave betas out for these; Hugging Face Trainer's \"auto\" means Adam's two."
         )
+    for name, values in (
+        *((name, [group[name]]) for name in ("lr", "alpha", "weight_decay")),
+        ("betas", betas),
+        ("eps", eps if isinstance(eps, Sequence) else [eps]),
+        ("trust_clip", clip if isinstance(clip, Sequence) else [] if clip is None else [clip]),
+    ):
+        if not all(isinstance(value, (int, float, Tensor)) for value in values):
+            raise ValueError(f"{name}={group[name]!r} must be made of numbers.")
     for name, value in (("lr", group["lr"]), ("weight_decay", group["weight_decay"])):
-        if isinstance(value, str) or not value >= 0:
+        if not value >= 0:
             raise ValueError(f"{name}={value!r} is out of bounds; use a number {name} >= 0.")
     for i, beta in enumerate(betas):
         check_alpha(group["alpha"] if i == 0 else 0.0, beta, f"betas[{i}]")
-    if not isinstance(eps, (int, float)) and (isinstance(eps, str) or len(eps) != 3):
+    if not isinstance(eps, (int, float)) and len(eps) != 3:
         raise ValueError(
             f"eps={eps!r} must be three numbers (eps1, eps2, eps3), such as (1e-6, 1e-6, 1e-10), "
             "or one number for eps1 with eps2 = eps3 = 0."
         )
     if not all(value >= 0 for value in _three_eps(eps)):
         raise ValueError(f"eps={eps} is out of bounds; use values eps >= 0.")
-    if clip is not None and (len(clip) != 2 or not 0 <= clip[0] <= clip[1]):
+    is_pair = isinstance(clip, Sequence) and len(clip) == 2 and 0 <= clip[0] <= clip[1]
+    if clip is not None and not is_pair:
         raise ValueError(
             f"trust_clip={clip!r} must be (low, high) with 0 <= low <= high, such as (0.01, 10), "
             "or None."

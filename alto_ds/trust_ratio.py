@@ -52,13 +52,15 @@ def add_over_ranks(sums: torch.Tensor, layers: Sequence[Layer]) -> None:
 
 
 def _collective_device(group: ProcessGroup, device: torch.device) -> torch.device:
-    """``device`` where the group's backend takes its tensors, else the current accelerator.
+    """``device`` where the group's backend takes its tensors, else one that it takes.
 
     ZeRO-Offload keeps shards on the CPU while the process group may be NCCL only.
     """
     backends = dist.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
     if f"{device.type}:" in backends:
         return device
+    if "cpu:" in backends:
+        return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None:
         raise RuntimeError(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alto_ds import E
+from alto_ds import ALTO, E
 from alto_ds.adaptor import from_config
 
 
@@ -63,6 +63,31 @@ def test_base_optimizers_receive_the_papers_gradient(name: str, settings: dict[s
     assert torch.allclose(param, twin, rtol=1e-12)
 
 
+def test_alto_as_base_keeps_an_average_of_its_own() -> None:
+    param, twin = parameter(), parameter()
+    adapted = E(ALTO([param], betas=(0.9, 0.9, 0.99)), alpha=-5.0, beta=0.9)
+    plain = ALTO([twin], betas=(0.9, 0.9, 0.99))
+    gradients: list[Tensor] = []
+    for _ in range(10):
+        adapted.zero_grad()
+        (param**4).sum().backward()
+        assert param.grad is not None
+        gradients.append(param.grad.clone())
+        adapted.step()
+        twin.grad = papers_correction(gradients, -5.0, 0.9)[-1]
+        plain.step()
+    assert torch.allclose(param, twin, rtol=1e-12)
+
+
+def test_hooks_of_state_dicts_are_called() -> None:
+    called = []
+    optimizer = E(torch.optim.SGD([parameter()], lr=0.1))
+    optimizer.register_state_dict_post_hook(lambda *_: called.append("saved"))
+    optimizer.register_load_state_dict_post_hook(lambda *_: called.append("loaded"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert called == ["saved", "loaded"]
+
+
 @pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy"])
 def test_its_state_is_saved_with_the_base_optimizers(how: str) -> None:
     param = parameter()
@@ -80,7 +105,7 @@ def test_its_state_is_saved_with_the_base_optimizers(how: str) -> None:
     train(optimizer, param, 5)
     train(restored, twin, 5)
     assert param.tolist() == twin.tolist()
-    assert set(optimizer.state[param]) == {"step", "exp_avg", "exp_avg_sq", "exp_avg_grad"}
+    assert set(optimizer.state[param]) == {"step", "exp_avg", "exp_avg_sq", "e_exp_avg_grad"}
 
 
 def test_swapped_param_groups_reach_the_base_optimizer() -> None:
@@ -121,6 +146,8 @@ def test_bad_settings_are_refused() -> None:
         E(torch.optim.SGD)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="LBFGS"):
         E(torch.optim.LBFGS([parameter()]))
+    with pytest.raises(TypeError, match="is an E already"):
+        E(E(base))
     with pytest.raises(ValueError, match="'Adamw' names no optimizer"):
         from_config([parameter()], optimizer="Adamw")
 

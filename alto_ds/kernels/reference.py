@@ -100,5 +100,5 @@ def apply_update(
 
 
 def _sum_of_squares(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Σx² accumulated in ``dtype`` without a copy of ``x`` in that dtype."""
+    """Σx² accumulated in ``dtype``."""
     return torch.linalg.vector_norm(x, dtype=dtype).square()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,21 +58,29 @@ class Sequences:
             split = source.train_test_split(arguments.validation_fraction, seed=self.seed)
             held_out, training = split["test"], split["train"]
         self.tokenizer = _tokenizer(arguments, training)
-        backend = self.tokenizer.backend_tokenizer.to_str()
-        origin = arguments.dataset if arguments.streaming else training._fingerprint
-        self.fingerprint = _digest(backend, origin, self.length)
+        self._cache_key = _digest(self.tokenizer.backend_tokenizer.to_str(), self.length)
         validation = itertools.islice(self._pack(held_out), arguments.validation_sequences)
         self.validation = torch.tensor([row[TOKENS] for row in validation]).view(-1, self.length)
         self._training = self._pack(training)
-        if not arguments.streaming:
+        if arguments.streaming:
+            origin = [arguments.dataset, arguments.dataset_config, arguments.dataset_split]
+            sample = next(iter(self._training), None)
+            trains_on = 0 if sample is None else 1
+        else:
             self._training = self._training.with_format("torch")
-            if not len(self._training) or not len(self.validation):
-                raise ValueError(
-                    f"--seq_length={self.length} is longer than the text: it makes "
-                    f"{len(self._training)} sequences to train on and {len(self.validation)} to "
-                    "validate on. Use a smaller --seq_length, more text, or another "
-                    "--validation_fraction."
-                )
+            trains_on = len(self._training)
+            some = self._training[:: max(trains_on // 64, 1)][TOKENS] if trains_on else []
+            origin, sample = [str(trains_on)], [row.tolist() for row in some]
+        if not trains_on or not len(self.validation):
+            raise ValueError(
+                f"there is too little text for --seq_length={self.length}: it makes "
+                f"{'no' if not trains_on else 'some'} sequences to train on and "
+                f"{len(self.validation)} to validate on. Use a smaller --seq_length, more text, "
+                f"or another --validation_fraction (a stream holds out its first "
+                f"{STREAMED_VALIDATION_DOCUMENTS} documents)."
+            )
+        # Of contents, not of times or paths, so that a copy of the text resumes the run.
+        self.fingerprint = _digest(self._cache_key, origin, sample, self.validation.tolist())
 
     def training_batches(
         self, first_batch: int, batch_size: int, gas: int, rank: int, world_size: int
@@ -99,14 +108,15 @@ class Sequences:
     def _stream(self, start: int) -> Iterator[Any]:
         """Sequences from number ``start`` on, epoch after epoch, each as a function that reads it.
 
-        A rank reads only what is in its own micro batches.
+        A rank reads only what is in its own micro batches, but a stream is read as a whole, also
+        to skip what was done before: nobody else knows where its sequences begin.
         """
-        if hasattr(self._training, "skip") and not hasattr(self._training, "__len__"):
-            sequences = iter(self._training.skip(start))
-            while True:
-                for row in sequences:
+        if not hasattr(self._training, "__len__"):
+            for number, row in enumerate(
+                itertools.chain.from_iterable(itertools.repeat(self._training))
+            ):
+                if number >= start:
                     yield lambda row=row: torch.as_tensor(row[TOKENS])
-                sequences = iter(self._training)
         total = len(self._training)
         for epoch in itertools.count(start // total):
             order = torch.randperm(
@@ -121,7 +131,7 @@ class Sequences:
         settings = {"batched": True, "remove_columns": [TEXT]}
         if hasattr(part, "_fingerprint") and hasattr(part, "__len__"):
             # The library would pickle the tokenizer for this, which differs from run to run.
-            settings["new_fingerprint"] = _digest(self.fingerprint, part._fingerprint)
+            settings["new_fingerprint"] = _digest(self._cache_key, part._fingerprint)
             settings["desc"] = "Tokenizing"
         return part.map(self._pack_documents, **settings)
 
@@ -142,9 +152,13 @@ def _digest(*parts: Any) -> str:
 def _tokenizer(arguments: Namespace, training: Any) -> PreTrainedTokenizerFast:
     """The tokenizer that the command line names, or a byte-level BPE trained on the text.
 
-    A trained one is kept in the output folder, so that a resumed run goes on with it.
+    A trained one is kept in the output folder: a resumed run goes on with it, and the other
+    ranks read it, unless it was trained on other text or of another size.
     """
     folder = Path(arguments.output_dir, "tokenizer")
+    resumed = Path(arguments.output_dir, "checkpoints", "latest").is_file()
+    made_of = {"text": getattr(training, "_fingerprint", ""), "size": arguments.vocab_size}
+    record = folder / "trained_on.json"
     if arguments.tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
         if tokenizer.eos_token_id is None:
@@ -153,7 +167,7 @@ def _tokenizer(arguments: Namespace, training: Any) -> PreTrainedTokenizerFast:
                 "separates documents; use one that has, such as GPT-2's."
             )
         return tokenizer
-    if folder.is_dir():
+    if record.is_file() and (resumed or json.loads(record.read_text()) == made_of):
         return AutoTokenizer.from_pretrained(folder)
     bpe = ByteLevelBPETokenizer()
     texts = (row[TEXT] for row in itertools.islice(training, arguments.tokenizer_documents))
@@ -164,4 +178,5 @@ def _tokenizer(arguments: Namespace, training: Any) -> PreTrainedTokenizerFast:
         tokenizer_object=bpe._tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
     )
     tokenizer.save_pretrained(folder)
+    record.write_text(json.dumps(made_of))  # last, so that a folder without it is incomplete
     return tokenizer

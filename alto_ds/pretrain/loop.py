@@ -100,8 +100,15 @@ class Interruption:
 
     def __init__(self) -> None:
         self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._request)
+        self._before = {
+            number: signal.signal(number, self._request)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+
+    def restore(self) -> None:
+        """Let signals do again what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
@@ -129,6 +136,14 @@ class Run:
         data = on_ranks(not first, lambda: Sequences(arguments)) or data
         assert data is not None
         self.data = data
+        fingerprints: list[Any] = [None] * self.world_size
+        dist.all_gather_object(fingerprints, data.fingerprint)
+        if len(set(fingerprints)) > 1:
+            raise SetupError(
+                f"the ranks have read different text or trained different tokenizers "
+                f"(fingerprints {sorted(set(fingerprints))}): is Python's standard library the "
+                "same on all nodes? Name the text by --text or --dataset."
+            )
         config = model_config(arguments.model, data.tokenizer, arguments.dropout)
         model = make_model(config, arguments.seed)
         self.engine, *_ = deepspeed.initialize(
@@ -152,7 +167,9 @@ class Run:
 
     def _resume(self) -> int:
         """Load the latest checkpoint; return the number of steps it has done, 0 without one."""
-        if not (self.checkpoints / "latest").is_file():
+        found = [(self.checkpoints / "latest").is_file()]
+        dist.broadcast_object_list(found, src=0)
+        if not found[0]:
             return 0
         on_ranks(self.rank == 0, self._check_identity)
         path, state = self.engine.load_checkpoint(str(self.checkpoints))
@@ -187,7 +204,8 @@ class Run:
         )
         dist.barrier()
         if self.rank == 0:
-            for old in sorted(self.checkpoints.glob("step*"))[:-KEPT_CHECKPOINTS]:
+            newest_last = sorted(self.checkpoints.glob("step*"), key=lambda p: p.stat().st_mtime)
+            for old in newest_last[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(old)
 
     def train(self) -> bool:
@@ -225,6 +243,7 @@ class Run:
                 self.report.close()
                 return False
         self.report.close()
+        interruption.restore()
         return True
 
     def _train_step(self, batches: Any, gas: int) -> dict[str, Any]:

@@ -29,22 +29,20 @@ class Report:
         self.path = folder / "metrics.jsonl"
         self.rows = [row for row in read_metrics(self.path) if row["step"] <= first_step]
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "w", buffering=1)  # noqa: SIM115  open for the whole run
-        for row in self.rows:
-            self._write(row)
+        kept = folder / "metrics.jsonl.new"
+        kept.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        kept.replace(self.path)  # at once, so that nothing is lost where the run is killed now
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115  open for the whole run
         self.bar = tqdm(
             total=last_step, initial=first_step, unit="step", desc="Training", dynamic_ncols=True
         )
-
-    def _write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
 
     def step(self, row: dict[str, Any]) -> None:
         """Record one training step, and its evaluation where there was one."""
         if not self.active:
             return
         self.rows.append(row)
-        self._write(row)
+        self.file.write(json.dumps(row) + "\n")
         self.bar.update(row["step"] - self.bar.n)
         self.bar.set_postfix(
             loss=f"{row['loss']:.3f}",

@@ -104,10 +104,16 @@ def test_json_lines_and_streams_of_them(tmp_path: Path) -> None:
     stored = Sequences(arguments(tmp_path / "a", *options))
     assert len(stored.validation) > 100
     streamed = Sequences(arguments(tmp_path / "b", *options, "--streaming"))
-    for number in (0, 3, 500):  # the last is epochs later
-        expected = global_batch(streamed, number, 1, 1)
-        assert len(expected) == 8
-        assert global_batch(streamed, number, 2, 2) == expected
+    straight = itertools.islice(streamed.training_batches(0, 8, 1, 0, 1), 500)
+    for number, batch in enumerate(straight):
+        if number in (0, 3, 499):  # the last is epochs later
+            expected = global_batch(streamed, number, 1, 1)
+            assert expected == sorted(batch.tolist())
+            assert global_batch(streamed, number, 2, 2) == expected
+    short = tmp_path / "short.jsonl"
+    datasets.Dataset.from_dict({"body": ["a few words"] * 500}).to_json(short)
+    with pytest.raises(ValueError, match="too little text"):
+        Sequences(arguments(tmp_path, "--dataset", str(short), *options[2:], "--streaming"))
     with pytest.raises(ValueError, match="--text_column=text is not in"):
         Sequences(arguments(tmp_path / "c", "--dataset", str(path)))
 
@@ -130,6 +136,14 @@ def test_too_little_text_is_refused(tmp_path: Path) -> None:
     short.write_text("a few words")
     with pytest.raises(ValueError, match=r"has 1 document\(s\)"):
         Sequences(arguments(tmp_path, "--text", str(short)))
+
+
+def test_a_tokenizer_is_trained_anew_for_another_size_or_text(tmp_path: Path) -> None:
+    sizes = [
+        len(Sequences(arguments(tmp_path, "--vocab_size", size)).tokenizer)
+        for size in ("300", "350", "350")
+    ]
+    assert sizes == [300, 350, 350]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ pytest.importorskip("deepspeed")
 
 WORLDS = (1, 2, 3, 4)
 OTHER = ("overflow", "resume", "ddp")  # cases that measure other things
-STATES = ("exp_avg_grad", "exp_avg", "exp_avg_sq")
+STATES = ("exp_avg_grad", "e_exp_avg_grad", "exp_avg", "exp_avg_sq")
 
 
 def measured(world_size: int, name: str) -> list[dict[str, Any]]:
@@ -63,12 +63,13 @@ def test_trust_ratios_are_those_of_whole_layers_on_every_rank(world_size: int, n
             assert rank["ratios"][layer] == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
-@pytest.mark.parametrize(("world_size", "name"), rows(without=OTHER))
+@pytest.mark.parametrize(
+    ("world_size", "name"),
+    [row for row in rows(without=OTHER) if row.values[0] > 1 and CASES[row.values[1]].sharded],
+)
 def test_layers_straddle_ranks_and_padding_is_poisoned(world_size: int, name: str) -> None:
     """The precondition of the matrix: otherwise it would prove nothing."""
     ranks = measured(world_size, name)
-    if not CASES[name].sharded or world_size == 1:
-        return
     straddling = {layer for rank in ranks for layer in rank["straddling"]}
     assert len(straddling) >= 2
     assert any(rank["padding_only"] for rank in ranks)
@@ -99,7 +100,7 @@ def test_a_checkpoint_restores_weights_and_states_to_the_bit(world_size: int, na
 
 @pytest.mark.parametrize(("world_size", "name"), rows("ddp"))
 def test_distributed_data_parallel_equals_one_process(world_size: int, name: str) -> None:
-    assert all(rank["masters"] < 1e-6 for rank in measured(world_size, name))
+    assert all(rank["masters"] < 1e-5 for rank in measured(world_size, name))
 
 
 @pytest.mark.parametrize("stage", [2, 3])

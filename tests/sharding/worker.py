@@ -26,7 +26,7 @@ import alto_ds
 import alto_ds.adaptor
 from tests.sharding.cases import CASES, CLIPPING, STEPS, Case, NaiveALTO
 
-STATES = ("exp_avg_grad", "exp_avg", "exp_avg_sq")
+STATES = ("exp_avg_grad", "e_exp_avg_grad", "exp_avg", "exp_avg_sq")
 POISON = (1e30, float("nan"))
 
 
@@ -446,9 +446,11 @@ def run_ddp(case: Case) -> dict[str, Any]:
         first = step * batch + dist.get_rank() * own
         model.zero_grad()
         ddp(range(first, first + own)).backward()
-        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        used = {n for n, p in model.named_parameters() if p.grad is not None}
+        whole = Model.clipped_gradients(range(step * batch, (step + 1) * batch), float("inf"))
         yardstick.step(
-            {n: g.clone() for n, g in grads.items()}, [group["lr"] for group in alto.param_groups]
+            {name: grad for name, grad in whole.items() if name in used},
+            [group["lr"] for group in alto.param_groups],
         )
         alto.step()
     found = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
