@@ -311,6 +311,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Compiling DeepSpeed's shared-memory collectives takes longer than a small run; gloo
         # does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Before any collective: with NCCL, all ranks of a node would else use its first GPU.
+    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.init_distributed()
     try:
         run = Run(arguments)
