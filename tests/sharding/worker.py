@@ -8,11 +8,12 @@ gradients. Rank 0 writes what it measured as JSON.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, ClassVar, NamedTuple
 
@@ -72,22 +73,21 @@ class Model(nn.Module):
         ]
 
     @classmethod
-    def sample_gradients(cls, sample: int) -> dict[str, Tensor]:
-        """Gradient of one sample's loss for each layer that the model uses."""
-        generator = torch.Generator().manual_seed(sample)
-        return {
-            name: torch.randint(-8, 9, shape, generator=generator) / 8
-            for name, shape in cls.SHAPES.items()
-        }
+    @functools.cache
+    def sum_of_gradients(cls, samples: range) -> dict[str, Tensor]:
+        """Sum of the gradients of the samples' losses for each layer, exact in float32."""
+        sums = {name: torch.zeros(shape) for name, shape in cls.SHAPES.items()}
+        for sample in samples:
+            generator = torch.Generator().manual_seed(sample)
+            for total in sums.values():
+                total += torch.randint(-8, 9, total.shape, generator=generator) / 8
+        return sums
 
     @classmethod
-    def clipped_gradients(cls, samples: Sequence[int], clipping: float) -> dict[str, Tensor]:
+    def clipped_gradients(cls, samples: range, clipping: float) -> dict[str, Tensor]:
         """Mean gradient over ``samples``, clipped as a whole: what the optimizer must receive."""
-        mean: dict[str, Tensor] = {}
-        for sample in samples:
-            for name, grad in cls.sample_gradients(sample).items():
-                if name != "frozen":
-                    mean[name] = mean.get(name, 0) + grad / len(samples)
+        mean = {n: grad / len(samples) for n, grad in cls.sum_of_gradients(samples).items()}
+        del mean["frozen"]
         mean["dead"] = torch.zeros_like(mean["dead"])
         norm = torch.stack([grad.norm() for grad in mean.values()]).norm()
         return {name: grad * min(1.0, clipping / norm.item()) for name, grad in mean.items()}
@@ -97,17 +97,16 @@ class Model(nn.Module):
         """Index of the parameter's group in :meth:`groups`."""
         return 1 if name in cls.NO_DECAY else 2 if name == "lone" else 0
 
-    def forward(self, samples: Sequence[int]) -> Tensor:
+    def forward(self, samples: range) -> Tensor:
         """Mean loss of ``samples``."""
         losses = []
-        for sample in samples:
-            for name, grad in self.sample_gradients(sample).items():
-                param = getattr(self, name)
-                if name == "tied":
-                    half = grad.to(param) / 2
-                    losses += [(param * half).sum(), (half * param).sum()]
-                elif name not in ("dead", "frozen"):
-                    losses.append((param * grad.to(param)).sum())
+        for name, grad in self.sum_of_gradients(samples).items():
+            param = getattr(self, name)
+            if name == "tied":
+                half = grad.to(param) / 2
+                losses += [(param * half).sum(), (half * param).sum()]
+            elif name not in ("dead", "frozen"):
+                losses.append((param * grad.to(param)).sum())
         loss = torch.stack(losses).sum() / len(samples)
         return loss * float("inf") if self.overflows else loss
 
