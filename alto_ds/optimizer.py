@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from alto_ds import kernels, registration
-from alto_ds.layout import Fragment, Layout, resolve
+from alto_ds.layout import Fragment, Layout, local, local_grad, resolve
 from alto_ds.trust_ratio import TrustRatio, add_over_ranks, sums_dtype, trust_ratios
 
 STEP = "step"
@@ -23,7 +23,7 @@ EXP_AVG_SQ = "exp_avg_sq"  # v, average of its square
 
 
 class _Shard(NamedTuple):
-    """A tensor that this call of ``step()`` updates."""
+    """A tensor that this call of ``step()`` updates, with this rank's part of its gradient."""
 
     tensor: Tensor
     grad: Tensor
@@ -254,7 +254,7 @@ class ALTO(Optimizer):
                         f"ALTO: the gradient of {layout.layers[0].name} is sparse; make its module "
                         "with sparse=False."
                     )
-                shards.append(_Shard(tensor, tensor.grad, group, layout))
+                shards.append(_Shard(tensor, local_grad(tensor), group, layout))
         for shard in shards:
             self._make_states(shard)
         return shards
@@ -333,6 +333,7 @@ def restore_state_dtype(
 
 def _view(tensor: Tensor, fragment: Fragment) -> Tensor:
     """The fragment's elements in ``tensor``, which is flat unless the fragment is all of it."""
+    tensor = local(tensor)
     if fragment.length == tensor.numel():
         return tensor
     return tensor[fragment.offset : fragment.offset + fragment.length]

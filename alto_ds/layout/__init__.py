@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from alto_ds.layout import whole, zero
+from alto_ds.layout.dtensor import local, local_grad
 from alto_ds.layout.types import Fragment, Layer, Layout
 
 if TYPE_CHECKING:
     from alto_ds.layout.types import Names
 
-__all__ = ["Fragment", "Layer", "Layout", "resolve"]
+__all__ = ["Fragment", "Layer", "Layout", "local", "local_grad", "resolve"]
 
 _FRAMEWORKS = (zero.resolve, whole.resolve)
 

@@ -1,0 +1,50 @@
+"""PyTorch's DTensor: which process groups hold the other parts, and where is this rank's part?
+
+``fully_shard`` (FSDP2, also on meshes of two dimensions) and ``parallelize_module`` turn
+parameters into DTensors. Each rank has a plain local tensor, of any size down to 0 and without
+padding; gradients and optimizer states are DTensors too. ``torch.distributed.tensor`` is never
+imported here, for that takes longer than all of alto_ds: whoever made a DTensor has done so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+
+def groups_of(param: torch.Tensor) -> tuple[ProcessGroup, ...]:
+    """The groups along those dimensions of the mesh that cut ``param``; none if it is no DTensor.
+
+    Added over one after the other, the squares of the local parts become those of the whole: two
+    dimensions of a mesh may cut the same dimension of the tensor or different ones.
+    """
+    mesh: Any = getattr(param, "device_mesh", None)
+    if mesh is None:
+        return ()
+    placements: Any = getattr(param, "placements")  # noqa: B009  unknown to mypy
+    groups = [
+        mesh.get_group(dim)
+        for dim, placement in enumerate(placements)
+        if not placement.is_replicate()
+    ]
+    return tuple(group for group in groups if dist.get_world_size(group) > 1)
+
+
+def local(tensor: Any) -> torch.Tensor:
+    """This rank's part of a parameter or state: a view, and the tensor itself if it is plain."""
+    return tensor.to_local() if hasattr(tensor, "device_mesh") else tensor
+
+
+def local_grad(param: Any) -> torch.Tensor:
+    """This rank's part of the gradient of ``param``, cut as the parameter is.
+
+    Tensor parallelism leaves some gradients cut otherwise, or as one summand on each rank
+    (LayerNorm under ``SequenceParallel``). All ranks of the mesh must then call this together.
+    """
+    grad = param.grad
+    if hasattr(param, "device_mesh") and grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    return local(grad)
