@@ -139,6 +139,10 @@ CASES: dict[str, Case] = {
     "zero3-init": Case(zero=ZERO3, config=BF16, zero_init=True, wrapper=STAGE3),
     "zero3-sub-groups": Case(zero=ZERO3 | {"sub_group_size": 100}, wrapper=STAGE3),
     "zero3-offload": Case(zero=ZERO3 | OFFLOAD, gas=4, wrapper=STAGE3),
+    # ZeRO++: weights are whole in each group of 2 ranks, states are cut over all 4.
+    "zero3-hpz": Case(
+        zero=ZERO3 | {"zero_hpz_partition_size": 2}, config=BF16, wrapper=STAGE3, worlds=(4,)
+    ),
     "zero3-lamb": Case(zero=ZERO3, optimizer={"alpha": 0.0}, wrapper=STAGE3),
     "overflow-zero0": Case(config=FP16, wrapper="FP16_UnfusedOptimizer", worlds=(2, 3)),
     "overflow-zero1": Case(zero={"stage": 1}, config=FP16, worlds=(2, 3)),
