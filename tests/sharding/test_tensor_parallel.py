@@ -1,4 +1,4 @@
-"""Tensor parallelism 2 × data parallelism 2, by megatron-core's layers, equals one process."""
+"""Tensor parallelism 2 × data parallelism 2, by megatron-core or AutoTP, equals one process."""
 
 from __future__ import annotations
 
@@ -23,12 +23,23 @@ def measured(name: str) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_losses_weights_and_ratios_equal_one_process(stage: int) -> None:
-    result = measured(f"zero{stage}")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"zero{stage}" for stage in (0, 1, 2, 3)),
+        *(f"autotp-zero{stage}" for stage in (0, 1, 2)),
+    ],
+)
+def test_losses_weights_and_ratios_equal_one_process(name: str) -> None:
+    result = measured(name)
     assert result["loss"] < 1e-5
     assert result["weights"] < 1e-5
     assert result["ratios"] < 1e-4
+
+
+def test_autotp_cut_the_model() -> None:
+    """The precondition: 8 matrices and 5 column-parallel biases."""
+    assert measured("autotp-zero1")["cut"] == 13
 
 
 def test_the_step_by_which_a_wrapper_has_states_made_does_not_count() -> None:
