@@ -48,13 +48,13 @@ def run(ranks: int, *command: str, folder: Path, fails: bool = False) -> str:
 
 
 @functools.cache
-def report_of(module: str, world_size: int) -> dict[str, Any]:
-    """Run ``python -m MODULE REPORT`` on ``world_size`` ranks, once, and read the JSON it wrote."""
+def report_of(module: str, world_size: int, *arguments: str) -> dict[str, Any]:
+    """Run ``python -m MODULE REPORT ARGUMENTS`` on ranks, once, and read the JSON it wrote."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         finished = subprocess.run(
-            [*torchrun, f"--nproc_per_node={world_size}", "-m", module, str(report)],
+            [*torchrun, f"--nproc_per_node={world_size}", "-m", module, str(report), *arguments],
             env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
             cwd=ROOT,
             capture_output=True,

@@ -32,6 +32,36 @@ def resolve(
     return None
 
 
+def _check_swapping(zero3: Any, params: Sequence[Any], names: Names) -> None:
+    """Refuse what ZeRO-Infinity's swapping to NVMe does wrong, for any optimizer.
+
+    Raises:
+        RuntimeError: there are too few buffers, which DeepSpeed would report in the second step
+            by an assertion that names no setting; or a large gradient would get lost, because
+            direct I/O of a misaligned piece of memory fails without an error.
+    """
+    swapper = getattr(zero3, "optimizer_swapper", None)
+    if swapper is None:
+        return
+    buffers = swapper.swap_config.buffer_count
+    if buffers < 5:
+        raise RuntimeError(
+            f'alto_ds: "offload_optimizer": {{"buffer_count": {buffers}}} is too few; write 5, for '
+            "the parameter, its gradient and three states."
+        )
+    offset = 0
+    for param in params:
+        part = param.ds_tensor.ds_numel
+        if offset % swapper.numel_alignment and swapper.is_swappable_tensor(numel=part):
+            raise RuntimeError(
+                f"alto_ds: DeepSpeed loses the gradient of {names[param]} on its way to NVMe, for "
+                f"it starts at element {offset} of its sub-group, no multiple of "
+                f'{swapper.numel_alignment}; write "sub_group_size": 1 under "zero_optimization", '
+                "which gives each parameter a sub-group of its own."
+            )
+        offset += part
+
+
 def _layers(params: Sequence[Any], group: ProcessGroup, names: Names) -> tuple[Layer, ...]:
     """The layers of ``params``, which the ranks of ``group`` share.
 
@@ -84,6 +114,7 @@ def _parts(flat: torch.Tensor, zero3: Any, names: Names) -> Layout:
             f"alto_ds found no sub-group of ZeRO-3 that owns the tensor of {flat.numel()} elements "
             "in the parameter group."
         )
+    _check_swapping(zero3, params, names)
     fragments = []
     offset = 0
     for index, param in enumerate(params):
