@@ -58,19 +58,23 @@ def flat_group(
     return nn.Parameter(torch.empty(part)), params
 
 
-def zero3_group(sizes: list[int], group: Group) -> tuple[Any, list[nn.Parameter]]:
+def zero3_groups(
+    sizes_of_groups: list[list[int]], ranks: Group
+) -> list[tuple[Any, list[nn.Parameter]]]:
     """ZeRO-3: each parameter's data is elsewhere, this rank's parts are in a row."""
-    params = []
-    for size in sizes:
-        param: Any = nn.Parameter(torch.empty(0))
-        param.ds_numel, param.ds_process_group = size, group
-        param.ds_tensor = SimpleNamespace(ds_numel=-(-size // group.size))
-        params.append(param)
-    flat = nn.Parameter(torch.empty(sum(p.ds_tensor.ds_numel for p in params)))
-    zero3 = SimpleNamespace(fp32_partitioned_groups_flat=[flat], fp16_groups=[params])
-    for param in params:
-        param._z3_optimizer = zero3
-    return flat, params
+    zero3 = SimpleNamespace(fp32_partitioned_groups_flat=[], fp16_groups=[])
+    for sizes in sizes_of_groups:
+        params = []
+        for size in sizes:
+            param: Any = nn.Parameter(torch.empty(0))
+            param.ds_numel, param.ds_process_group = size, ranks
+            param.ds_tensor = SimpleNamespace(ds_numel=-(-size // ranks.size))
+            param._z3_optimizer = zero3
+            params.append(param)
+        flat = nn.Parameter(torch.empty(sum(p.ds_tensor.ds_numel for p in params)))
+        zero3.fp32_partitioned_groups_flat.append(flat)
+        zero3.fp16_groups.append(params)
+    return list(zip(zero3.fp32_partitioned_groups_flat, zero3.fp16_groups, strict=True))
 
 
 def check_tiling(layouts: list[Layout], lengths: list[int], sizes: list[int]) -> None:
@@ -93,33 +97,43 @@ def check_tiling(layouts: list[Layout], lengths: list[int], sizes: list[int]) ->
         assert position == size
 
 
-SIZES = st.lists(st.integers(1, 300), min_size=1, max_size=12)
+GROUPS = st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=12), min_size=1, max_size=3)
 RANKS = st.integers(1, 64)
 
 
+def check_groups(groups_of_ranks: list[list[tuple[Any, list[nn.Parameter]]]], sizes: Any) -> None:
+    """Each rank resolves each of its groups, as an optimizer does; check them group by group."""
+    for place, sizes_of_group in enumerate(sizes):
+        layouts, lengths = [], []
+        for groups in groups_of_ranks:
+            flat, params = groups[place]
+            layouts += resolve([flat], params, {p: str(i) for i, p in enumerate(params)})
+            lengths.append(flat.numel())
+        check_tiling(layouts, lengths, sizes_of_group)
+
+
 @settings(deadline=None, max_examples=200)
-@given(sizes=SIZES, ranks=RANKS, gap=st.integers(0, 16), data=st.data())
+@given(sizes=GROUPS, ranks=RANKS, gap=st.integers(0, 16), data=st.data())
 def test_slices_of_a_flat_buffer_tile_every_layer(
-    sizes: list[int], ranks: int, gap: int, data: Any
+    sizes: list[list[int]], ranks: int, gap: int, data: Any
 ) -> None:
-    order = data.draw(st.permutations(range(len(sizes))))
-    layouts, lengths = [], []
-    for rank in range(ranks):
-        flat, params = flat_group(sizes, order, gap, Group(rank, ranks))
-        layouts += resolve([flat], params, {p: str(i) for i, p in enumerate(params)})
-        lengths.append(flat.numel())
-    check_tiling(layouts, lengths, sizes)
+    orders = [data.draw(st.permutations(range(len(group)))) for group in sizes]
+    check_groups(
+        [
+            [
+                flat_group(group, order, gap, Group(rank, ranks))
+                for group, order in zip(sizes, orders, strict=True)
+            ]
+            for rank in range(ranks)
+        ],
+        sizes,
+    )
 
 
 @settings(deadline=None, max_examples=200)
-@given(sizes=SIZES, ranks=RANKS)
-def test_parts_of_zero3_tile_every_layer(sizes: list[int], ranks: int) -> None:
-    layouts, lengths = [], []
-    for rank in range(ranks):
-        flat, params = zero3_group(sizes, Group(rank, ranks))
-        layouts += resolve([flat], params, {p: str(i) for i, p in enumerate(params)})
-        lengths.append(flat.numel())
-    check_tiling(layouts, lengths, sizes)
+@given(sizes=GROUPS, ranks=RANKS)
+def test_parts_of_zero3_tile_every_layer(sizes: list[list[int]], ranks: int) -> None:
+    check_groups([zero3_groups(sizes, Group(rank, ranks)) for rank in range(ranks)], sizes)
 
 
 def test_parameters_that_were_moved_out_of_the_buffer_are_refused() -> None:
