@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,19 @@ from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
 
 from alto_ds import registration
-from alto_ds.optimizer import check_alpha, restore_state_dtype, zeros_for_state
+from alto_ds.layout import tensor_parallel, whole
+from alto_ds.optimizer import ALTO, check_alpha, restore_state_dtype, zeros_for_state
+
+# Base optimizers that treat each element by itself, and so do not mind how tensors are cut.
+_ELEMENTWISE = {
+    "torch.optim": (
+        *("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop"),
+        *("Rprop", "SGD"),
+    ),
+    "deepspeed.ops": (
+        *("DeepSpeedCPUAdagrad", "DeepSpeedCPUAdam", "DeepSpeedCPULion", "FusedAdam", "FusedLion"),
+    ),
+}
 
 # Not ALTO's key, for ALTO may be the base optimizer and keeps an average of its own.
 E_EXP_AVG_GRAD = "e_exp_avg_grad"
@@ -33,21 +45,31 @@ class E(Optimizer):
     ``optimizer.state[param]["e_exp_avg_grad"]``, and so is saved and restored with them.
     ``param_groups``, ``state`` and ``defaults`` are the base optimizer's own.
 
-    The correction is elementwise, so it is exact however tensors are sharded; what the base
-    optimizer computes under ZeRO is its own affair.
+    The correction is elementwise, so it is exact however tensors are sharded. The base optimizer
+    must be elementwise too where ZeRO or tensor parallelism cuts parameters, or ALTO, which knows
+    what was cut; a wrong one is refused at the first step. On whole parameters and on DTensors any
+    base will do.
 
     Args:
         optimizer: the base optimizer, any :class:`torch.optim.Optimizer` that does not itself call
             the closure several times.
         alpha: α with |α| < 1/(1−β). Negative values mix in the average of past gradients.
         beta: β, decay of that average.
+        elementwise: True or False: whether the base optimizer treats each element by itself.
+            Without it that is known of the optimizers of PyTorch and DeepSpeed.
 
     Raises:
         ValueError: a setting is out of its bounds.
         TypeError: ``optimizer`` is no optimizer, or one that cannot be adapted.
     """
 
-    def __init__(self, optimizer: Optimizer, alpha: float = -5.0, beta: float = 0.99) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        alpha: float = -5.0,
+        beta: float = 0.99,
+        elementwise: bool | None = None,
+    ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"E: optimizer={optimizer!r} must be a torch.optim.Optimizer that has been made, "
@@ -60,10 +82,19 @@ class E(Optimizer):
             )
         if isinstance(optimizer, E):
             raise TypeError("E: the base optimizer is an E already; correct gradients once.")
+        if "onebit" in type(optimizer).__module__:
+            raise TypeError(
+                f"E: {type(optimizer).__name__} exchanges compressed momenta, not gradients; use "
+                "another base optimizer, such as AdamW."
+            )
         check_alpha(alpha, beta, "beta")
         registration.support_in_zero(type(self))
+        if elementwise is None:
+            elementwise = isinstance(optimizer, ALTO) or _is_elementwise(optimizer)
         # The base class would make param_groups of its own; __setstate__ makes all the rest.
-        self.__setstate__({"optimizer": optimizer, "alpha": alpha, "beta": beta})
+        self.__setstate__(
+            {"optimizer": optimizer, "alpha": alpha, "beta": beta, "elementwise": elementwise}
+        )
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -93,12 +124,18 @@ class E(Optimizer):
         self.optimizer.defaults = defaults
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer, "alpha": self.alpha, "beta": self.beta}
+        names = ("optimizer", "alpha", "beta", "elementwise")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.optimizer: Optimizer = state["optimizer"]
         self.alpha: float = state["alpha"]
         self.beta: float = state["beta"]
+        self.elementwise: bool = state["elementwise"]
+        # The model's own. Wrappers put others in their place.
+        self._params = [param for group in self.param_groups for param in group["params"]]
+        self._makes_states_early = any(param in self.state for param in self._params)
+        self._checked: set[Tensor] = set()
         super().__setstate__({})
 
     def __repr__(self) -> str:
@@ -107,6 +144,7 @@ class E(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer."""
         self.optimizer.add_param_group(param_group)
+        self._params += self.param_groups[-1]["params"]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of all parameters."""
@@ -154,7 +192,8 @@ class E(Optimizer):
             What ``closure`` returned, else what the base optimizer's ``step`` returns.
 
         Raises:
-            RuntimeError: a gradient is sparse or complex. Raised before anything is changed.
+            RuntimeError: a gradient is sparse or complex, or parameters are cut and the base
+                optimizer is not elementwise. Raised before anything is changed.
         """
         loss = None
         if closure is not None:
@@ -168,12 +207,49 @@ class E(Optimizer):
                     f"E: the gradient of {self._name(param)} is {kind}; E corrects dense, real "
                     "gradients only."
                 )
+        self._check_base()
         averages = [self._correct(param) for param in params]
         base_loss = self.optimizer.step()
         # Kept only now: base optimizers make their own states where state[param] is empty.
         for param, average in zip(params, averages, strict=True):
             self.state[param].setdefault(E_EXP_AVG_GRAD, average)
         return base_loss if closure is None else loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """False: :class:`torch.amp.GradScaler` shall unscale before gradients are corrected."""
+        return isinstance(self.optimizer, ALTO) and self.optimizer._step_supports_amp_scaling
+
+    def _check_base(self) -> None:
+        """See that the base optimizer fits the tensors that are in its groups now."""
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        if self._checked.issuperset(tensors):
+            return
+        if not self.elementwise and _are_cut(tensors, self._params):
+            name = type(self.optimizer).__name__
+            raise RuntimeError(
+                f"E: the base optimizer {name} is not known to treat each element by itself, and "
+                "ZeRO or tensor parallelism has cut the parameters: what it computes of a whole "
+                "matrix would be wrong. Use an elementwise one such as AdamW, use ZeRO stage 0, or "
+                f"write E({name}(...), elementwise=True) if it is elementwise."
+            )
+        self._make_missing_states(tensors)
+        self._checked.update(tensors)
+
+    def _make_missing_states(self, tensors: Sequence[Tensor]) -> None:
+        """Make the states of ``tensors`` that the base optimizer made of the model's parameters.
+
+        Adagrad makes its states when it is made, and ZeRO's tensors are not there then.
+        """
+        missing = [tensor for tensor in tensors if tensor not in self.state]
+        if not (self._makes_states_early and missing):
+            return
+        groups = [dict(group) for group in self.param_groups]
+        fresh = type(self.optimizer)(groups, **self.defaults)
+        for tensor in missing:
+            self.state[tensor].update(fresh.state[tensor])
+        for param in set(self._params) - set(tensors):
+            self.state.pop(param, None)
 
     def _correct(self, param: Tensor) -> Tensor:
         """Replace ``param.grad`` by g', advance s and return it."""
@@ -193,6 +269,23 @@ class E(Optimizer):
                 if candidate is param:
                     return group.get("param_names", {i: f"param_groups.{place}.{i}"})[i]
         raise AssertionError("the parameter is in no group")
+
+
+def _is_elementwise(optimizer: Optimizer) -> bool:
+    """Whether the class itself, no subclass of it, is known to be."""
+    kind = type(optimizer)
+    return any(
+        kind.__module__.startswith(module) and kind.__name__ in names
+        for module, names in _ELEMENTWISE.items()
+    )
+
+
+def _are_cut(tensors: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
+    """Whether any of ``tensors`` is not one whole parameter."""
+    layouts = whole.resolve(tensors, params, dict.fromkeys(params, "of the base optimizer"))
+    return layouts is None or any(
+        tensor_parallel.groups_of(param, "of the base optimizer") for param in params
+    )
 
 
 def from_config(

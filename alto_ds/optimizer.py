@@ -121,7 +121,7 @@ class ALTO(Optimizer):
         self._model_params.append((group, params))
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, step_id: int | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         All ranks that share a layer must call this together. Nothing is sent where no layer is
@@ -129,14 +129,20 @@ class ALTO(Optimizer):
 
         Args:
             closure: reevaluates the model and returns the loss.
+            step_id: passed by DeepSpeed's ZenFlow alone, which is refused.
 
         Returns:
             What ``closure`` returned, else None.
 
         Raises:
-            RuntimeError: a gradient is sparse, or no layout is known for a tensor. Raised before
-                anything is changed.
+            RuntimeError: a gradient is sparse, no layout is known for a tensor, or ZenFlow calls.
+                Raised before anything is changed.
         """
+        if step_id is not None:
+            raise RuntimeError(
+                "ALTO cannot be used with ZenFlow, which updates the most important columns by an "
+                'AdamW of its own: remove "zenflow" from "zero_optimization".'
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -192,6 +198,25 @@ class ALTO(Optimizer):
             self._last[tensor] = (shard.layout, torch.column_stack([ratios, shard_sums.sqrt()]))
         return loss
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """False: :class:`torch.amp.GradScaler`, which asks before each step, shall unscale.
+
+        Raises:
+            RuntimeError: layers are shared, and each rank's GradScaler decides for itself.
+        """
+        self._resolve_layouts()
+        for tensor, layout in self._layouts.items():
+            # For DTensors PyTorch brings the scalers of all ranks to agree.
+            if any(layer.groups for layer in layout.layers) and not hasattr(tensor, "device_mesh"):
+                raise RuntimeError(
+                    "ALTO cannot be stepped by a torch.amp.GradScaler where ranks share layers: on "
+                    "an overflow in one rank's part that rank alone would skip the step, and the "
+                    'others would wait for it. Use "bf16", or "fp16" with DeepSpeed\'s own loss '
+                    'scaling, in place of "torch_autocast" with dtype float16.'
+                )
+        return False
+
     def trust_ratios(
         self, named_parameters: Iterable[tuple[str, Tensor]] | None = None
     ) -> dict[str, TrustRatio]:
@@ -239,13 +264,10 @@ class ALTO(Optimizer):
 
     def _shards(self) -> list[_Shard]:
         """The tensors to update in this call, checked and with their states made."""
+        self._resolve_layouts()
         shards = []
         for group in self.param_groups:
-            tensors = group["params"]
-            if any(tensor not in self._layouts for tensor in tensors):
-                layouts = resolve(tensors, self._params_of(group), self._names)
-                self._layouts.update(zip(tensors, layouts, strict=True))
-            for tensor in tensors:
+            for tensor in group["params"]:
                 if tensor.grad is None:
                     continue
                 layout = self._layouts[tensor]
@@ -258,6 +280,14 @@ class ALTO(Optimizer):
         for shard in shards:
             self._make_states(shard)
         return shards
+
+    def _resolve_layouts(self) -> None:
+        """Find the layouts of tensors that have none yet."""
+        for group in self.param_groups:
+            tensors = group["params"]
+            if any(tensor not in self._layouts for tensor in tensors):
+                layouts = resolve(tensors, self._params_of(group), self._names)
+                self._layouts.update(zip(tensors, layouts, strict=True))
 
     def _params_of(self, group: dict[str, Any]) -> list[Tensor]:
         for known, params in self._model_params:

@@ -8,12 +8,18 @@ and DeepSpeed is never imported: it has been by the time it makes an optimizer.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.optim import Optimizer
 
+from alto_ds.layout import zero
+
 _ZERO_UTILS = "deepspeed.runtime.zero.utils"
+_VERIFIED = ((0, 19, 8), (0, 20))  # the first version of DeepSpeed and the first that is too new
 
 
 def register(name: str, factory: Callable[..., Optimizer]) -> None:
@@ -24,9 +30,26 @@ def register(name: str, factory: Callable[..., Optimizer]) -> None:
 def support_in_zero(optimizer: type[Optimizer]) -> None:
     """List ``optimizer`` among those that ZeRO accepts, where DeepSpeed has been imported.
 
-    Called whenever an optimizer is made, so that the order of imports does not matter.
+    Called whenever an optimizer is made, so that the order of imports does not matter. Warns, once
+    and on rank 0, where DeepSpeed's version is not among those that the tests have seen.
     """
     zero_utils = sys.modules.get(_ZERO_UTILS)
     supported = getattr(zero_utils, "ZERO_SUPPORTED_OPTIMIZERS", None)
     if supported is not None and optimizer not in supported:
         supported.append(optimizer)
+        _check_version(sys.modules["deepspeed"])
+
+
+def _check_version(deepspeed: Any) -> None:
+    version = getattr(deepspeed, "__version__", "0")
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+    first, too_new = _VERIFIED
+    rank_zero = not dist.is_initialized() or dist.get_rank() == 0
+    if not first <= numbers < too_new and rank_zero:
+        warnings.warn(
+            f"alto_ds has been tested with DeepSpeed from {'.'.join(map(str, first))} to before "
+            f"{'.'.join(map(str, too_new))}; this is {version}. It looks for the attributes "
+            f"{', '.join(zero.ATTRIBUTES)}, and refuses to step where they do not fit; compare "
+            "alto_ds.ALTO.trust_ratios() with a run on one rank before you rely on it.",
+            stacklevel=2,
+        )

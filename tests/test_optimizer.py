@@ -285,3 +285,25 @@ def test_layouts_in_memory_do_not_matter(transposed: bool) -> None:
     train(ALTO([param]), [param], 4)
     train(ALTO([twin]), [twin], 4)
     assert torch.allclose(param, twin, rtol=1e-6)
+
+
+def test_a_grad_scaler_unscales_before_the_step() -> None:
+    """torch.amp.GradScaler, where layers are whole: scaled gradients make no difference."""
+    (scaled,), (plain,) = quadratic([1.0, 2.0]), quadratic([1.0, 2.0])
+    scaled_optimizer, optimizer = ALTO([scaled], lr=0.1), ALTO([plain], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for _ in range(3):
+        for param, one in ((scaled, scaled_optimizer), (plain, optimizer)):
+            one.zero_grad()
+            loss = (param**2).sum()
+            (scaler.scale(loss) if one is scaled_optimizer else loss).backward()
+        scaler.step(scaled_optimizer)
+        scaler.update()
+        optimizer.step()
+    assert torch.equal(scaled, plain)
+
+
+def test_zenflow_is_refused() -> None:
+    (param,) = quadratic([1.0])
+    with pytest.raises(RuntimeError, match='remove "zenflow" from "zero_optimization"'):
+        ALTO([param]).step(step_id=1)

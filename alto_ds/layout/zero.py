@@ -18,17 +18,31 @@ from torch.distributed import ProcessGroup
 from alto_ds.layout import tensor_parallel
 from alto_ds.layout.types import Fragment, Layer, Layout, Names
 
+# What DeepSpeed leaves on parameters, on ZeRO-3's optimizer and on its NVMe swapper.
+ATTRIBUTES = (
+    *("_hp_mapping", "_dp_group"),  # ZeRO-1, ZeRO-2, BF16_Optimizer
+    *("_z3_optimizer", "ds_numel", "ds_tensor", "ds_process_group"),
+    *("fp32_partitioned_groups_flat", "fp16_groups", "optimizer_swapper"),
+)
+
 
 def resolve(
     tensors: Sequence[torch.Tensor], params: Sequence[torch.Tensor], names: Names
 ) -> list[Layout] | None:
     """See :func:`alto_ds.layout.resolve`; None where the parameters are not under ZeRO."""
-    for param in params:
-        if hasattr(param, "_z3_optimizer"):
-            return [_parts(tensor, param._z3_optimizer, names) for tensor in tensors]
-    flattened = [param for param in params if hasattr(param, "_hp_mapping")]
-    if flattened and len(tensors) == 1:
-        return [_slice(tensors[0], flattened, names)]
+    try:
+        for param in params:
+            if hasattr(param, "_z3_optimizer"):
+                return [_parts(tensor, param._z3_optimizer, names) for tensor in tensors]
+        flattened = [param for param in params if hasattr(param, "_hp_mapping")]
+        if flattened and len(tensors) == 1:
+            return [_slice(tensors[0], flattened, names)]
+    except AttributeError as error:
+        raise RuntimeError(
+            f"alto_ds looked for {', '.join(ATTRIBUTES)} to find out how DeepSpeed's ZeRO has cut "
+            f"the layers, and this version of it differs ({error}). Install a version that the "
+            "README lists as exact."
+        ) from error
     return None
 
 
@@ -62,16 +76,13 @@ def _check_swapping(zero3: Any, params: Sequence[Any], names: Names) -> None:
         offset += part
 
 
-def _layers(params: Sequence[Any], group: ProcessGroup, names: Names) -> tuple[Layer, ...]:
-    """The layers of ``params``, which the ranks of ``group`` share.
+def _layer(param: torch.Tensor, group: ProcessGroup, names: Names) -> Layer:
+    """The layer of ``param``, which the ranks of ``group`` share.
 
     A group of one rank is left out, so that nothing is sent for it.
     """
     shared = (group,) if dist.get_world_size(group) > 1 else ()
-    return tuple(
-        Layer(param, names[param], (*shared, *tensor_parallel.groups_of(param, names[param])))
-        for param in params
-    )
+    return Layer(param, names[param], (*shared, *tensor_parallel.groups_of(param, names[param])))
 
 
 def _slice(flat: torch.Tensor, params: Sequence[Any], names: Names) -> Layout:
@@ -99,7 +110,7 @@ def _slice(flat: torch.Tensor, params: Sequence[Any], names: Names) -> Layout:
         high = min(layer_begin + param.numel(), end)
         if low < high:
             fragments.append(Fragment(index, low - layer_begin, high - low, low - begin))
-    return Layout(_layers(params, group, names), tuple(fragments))
+    return Layout(tuple(_layer(param, group, names) for param in params), tuple(fragments))
 
 
 def _parts(flat: torch.Tensor, zero3: Any, names: Names) -> Layout:
@@ -124,4 +135,5 @@ def _parts(flat: torch.Tensor, zero3: Any, names: Names) -> Layout:
         if length > 0:
             fragments.append(Fragment(index, start, length, offset))
         offset += part
-    return Layout(_layers(params, params[0].ds_process_group, names), tuple(fragments))
+    layers = tuple(_layer(param, param.ds_process_group, names) for param in params)
+    return Layout(layers, tuple(fragments))

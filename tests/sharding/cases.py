@@ -46,6 +46,7 @@ class Case:
         wrapper: name of the class that DeepSpeed must wrap the optimizer in, so that a row tests
             what it says.
         sharded: whether layers must be proven to straddle ranks (with more than one rank).
+        refused: beginning of the error that the optimizer's first step must raise on all ranks.
         worlds: numbers of ranks to run on.
     """
 
@@ -57,6 +58,7 @@ class Case:
     zero_init: bool = False
     wrapper: str = "DeepSpeedZeroOptimizer"
     sharded: bool = True
+    refused: str = ""
     worlds: tuple[int, ...] = (2, 3, 4)
 
     @property
@@ -169,7 +171,62 @@ CASES: dict[str, Case] = {
     ),
     "e-zero2-bf16": Case(zero={"stage": 2}, config=BF16, optimizer_type="E"),
     "e-zero3-fp32": Case(zero=ZERO3, optimizer_type="E", wrapper=STAGE3),
+    **{
+        f"e-{base.lower()}-zero{stage}": Case(
+            zero=zero | {"stage": stage},
+            optimizer={"optimizer": base} | settings,
+            optimizer_type="E",
+            wrapper=wrapper,
+            worlds=(2,),
+        )
+        for stage, zero, wrapper in (
+            (2, {}, "DeepSpeedZeroOptimizer"),
+            (3, ZERO3, STAGE3),
+        )
+        for base, settings in (
+            ("SGD", {"momentum": 0.9}),
+            ("Adagrad", {}),
+            ("RMSprop", {"momentum": 0.5}),
+            ("ALTO", {"weight_decay": 0.1}),
+        )
+    },
     "naive-zero1": Case(zero={"stage": 1}, optimizer_type="NaiveALTO", worlds=(1, 2)),
     "naive-zero2": Case(zero={"stage": 2}, optimizer_type="NaiveALTO", worlds=(1, 2)),
     "naive-zero3": Case(zero=ZERO3, optimizer_type="NaiveALTO", wrapper=STAGE3, worlds=(1, 2)),
+    **{
+        f"refused-e-adafactor-zero{stage}": Case(
+            zero=zero | {"stage": stage},
+            optimizer={"optimizer": "Adafactor"},
+            optimizer_type="E",
+            refused="E: the base optimizer Adafactor is not known to treat each element by itself",
+            worlds=(2,),
+        )
+        for stage, zero in ((1, {}), (2, {}), (3, ZERO3))
+    },
+    "refused-zenflow": Case(
+        zero={
+            "stage": 2,
+            "zenflow": {
+                "topk_ratio": 0.1,
+                "update_interval": 2,
+                "full_warm_up_rounds": 0,
+                "overlap_step": False,
+            },
+        }
+        | OFFLOAD,
+        # With "alpha" in the JSON, ZenFlow's own AdamW stops at that.
+        config=BF16 | {"optimizer": {"type": "ALTO", "params": {"lr": 0.05}}},
+        refused="ALTO cannot be used with ZenFlow",
+        worlds=(2,),
+    ),
+    # Last, for DeepSpeed never forgets torch_autocast.
+    **{
+        f"refused-autocast-zero{stage}": Case(
+            zero=zero | {"stage": stage},
+            config={"torch_autocast": {"enabled": True, "dtype": "float16"}},
+            refused="ALTO cannot be stepped by a torch.amp.GradScaler where ranks share layers",
+            worlds=(2,),
+        )
+        for stage, zero in ((1, {}), (2, {}), (3, ZERO3))
+    },
 }

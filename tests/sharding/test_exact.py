@@ -17,7 +17,7 @@ from tests.sharding.cases import CASES, STEPS
 pytest.importorskip("deepspeed")
 
 WORLDS = (1, 2, 3, 4)
-OTHER = ("overflow", "resume", "ddp")  # cases that measure other things
+OTHER = ("overflow", "resume", "ddp", "refused")  # cases that measure other things
 STATES = ("exp_avg_grad", "e_exp_avg_grad", "exp_avg", "exp_avg_sq")
 
 
@@ -88,6 +88,13 @@ def test_a_step_skipped_by_overflow_changes_nothing(world_size: int, name: str) 
         assert rank["skipped_steps"] == 1
         assert rank["changed_by_skipped"] == 0
         assert rank["changed_by_next"] > 0
+
+
+@pytest.mark.parametrize(("world_size", "name"), rows("refused"))
+def test_what_is_not_exact_is_refused_on_all_ranks(world_size: int, name: str) -> None:
+    for rank in measured(world_size, name):
+        assert rank["message"].startswith(CASES[name].refused)
+        assert rank["changed"] == 0
 
 
 @pytest.mark.parametrize(("world_size", "name"), rows("resume"))

@@ -480,7 +480,24 @@ def run_overflow(case: Case) -> dict[str, Any]:
     return from_all(result)
 
 
-RUNS = {"overflow": run_overflow, "resume": run_resume, "ddp": run_ddp}
+def run_refused(case: Case) -> dict[str, Any]:
+    """The error of the first step, and whether it left the weights as they were."""
+    engine = make_engine(case)
+    alto = bare(engine)
+    tensors = [tensor for group in alto.param_groups for tensor in group["params"]]
+    before = [tensor.detach().clone() for tensor in tensors]
+    result: dict[str, Any] = {"message": "none"}
+    try:
+        for step in range(3):  # ZenFlow does not step the optimizer at once
+            train_step(engine, case, step)
+    except RuntimeError as error:
+        result["message"] = str(error)
+    result["changed"] = changes(before, tensors)
+    engine.destroy()
+    return from_all(result)
+
+
+RUNS = {"overflow": run_overflow, "resume": run_resume, "ddp": run_ddp, "refused": run_refused}
 
 
 def main() -> None:
