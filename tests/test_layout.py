@@ -136,6 +136,13 @@ def test_parts_of_zero3_tile_every_layer(sizes: list[list[int]], ranks: int) -> 
     check_groups([zero3_groups(sizes, Group(rank, ranks)) for rank in range(ranks)], sizes)
 
 
+def test_a_deepspeed_with_other_attributes_is_refused() -> None:
+    ((flat, params),) = zero3_groups([[5, 6]], Group(0, 2))
+    del params[1].ds_numel  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match=r"looked for _hp_mapping, .* this version .*ds_numel"):
+        resolve([flat], params, dict.fromkeys(params, "layer"))
+
+
 def test_parameters_that_were_moved_out_of_the_buffer_are_refused() -> None:
     flat, params = flat_group([5, 6], [0, 1], 0, Group(0, 2))
     params[1].data = torch.zeros(6)

@@ -6,14 +6,17 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from alto_ds import registration
 from tests import launcher
 
-pytest.importorskip("deepspeed")
+deepspeed = pytest.importorskip("deepspeed")
 
 ALTO = {"type": "ALTO", "params": {"lr": 0.01, "betas": [0.9, 0.9, 0.99], "alpha": -5.0}}
 E = {"type": "E", "params": {"optimizer": "AdamW", "alpha": -5.0, "beta": 0.9, "lr": 0.01}}
@@ -35,6 +38,19 @@ def config(folder: Path, stage: int, optimizer: dict[str, Any] | None, **more: A
 def test_importing_alto_ds_does_not_import_deepspeed() -> None:
     code = "import alto_ds, sys; assert not any(m.startswith('deepspeed') for m in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("version", ["0.19.7", "0.20.0", "0.20.1+abc", "1.0"])
+def test_a_deepspeed_that_was_not_tested_is_warned_of(version: str) -> None:
+    with pytest.warns(UserWarning, match=rf"this is {re.escape(version)}\. .*_hp_mapping"):
+        registration._check_version(SimpleNamespace(__version__=version))
+
+
+@pytest.mark.parametrize("version", ["0.19.8", "0.19.10+unknown", deepspeed.__version__])
+def test_a_deepspeed_that_was_tested_is_not(version: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        registration._check_version(SimpleNamespace(__version__=version))
 
 
 @pytest.mark.parametrize(("stage", "optimizer"), [(2, ALTO), (3, E)])

@@ -1,0 +1,26 @@
+"""The small examples run as they are, and learn; tests/pretrain has the large one."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.launcher import ROOT
+
+
+@pytest.mark.parametrize(("script", "fall"), [("second_order.py", 2.0), ("zeroth_order.py", 0.2)])
+def test_e_in_front_of_estimates_lowers_the_loss(script: str, fall: float) -> None:
+    pytest.importorskip("transformers")
+    printed = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / script)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    ).stdout
+    pairs = re.findall(r"loss ([\d.]+) at first, ([\d.]+) over", printed)
+    assert len(pairs) == 2
+    assert all(float(last) < float(first) - fall for first, last in pairs), printed
