@@ -15,22 +15,26 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 
 
-def start(ranks: int, *command: str, folder: Path) -> subprocess.Popen[str]:
-    """Start ``deepspeed COMMAND`` on ``ranks`` CPU ranks; caches go to ``folder``."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
-    environment = os.environ | {
+def environment(folder: Path) -> dict[str, str]:
+    """Environment of a command on CPU ranks; caches go to ``folder``."""
+    return os.environ | {
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "HF_HOME": str(folder / "hf"),
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),
     }
+
+
+def start(ranks: int, *command: str, folder: Path) -> subprocess.Popen[str]:
+    """Start ``deepspeed COMMAND`` on ``ranks`` CPU ranks; caches go to ``folder``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
     return subprocess.Popen(
         [*launcher, "--master_port", str(port), *command],
-        env=environment,
+        env=environment(folder),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,12 +19,13 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
 from torch import Tensor
 
 import alto_ds  # noqa: F401  registers the optimizer types
 from alto_ds.pretrain.data import Sequences
 from alto_ds.pretrain.model import SIZES, make_model, model_config, parameter_groups, save_model
-from alto_ds.pretrain.ranks import SetupError, on_ranks
+from alto_ds.pretrain.ranks import SetupError, init_distributed, on_ranks
 from alto_ds.pretrain.report import Report, perplexity
 
 KEPT_CHECKPOINTS = 2
@@ -58,6 +60,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--save_interval", type=int, default=100, help="steps between checkpoints")
     run.add_argument("--dropout", type=float, default=0.0, help="of GPT-2's three kinds")
     run.add_argument("--seed", type=int, default=1234, help="of weights, order and dropout")
+    run.add_argument(
+        "--timeout",
+        type=int,
+        default=int(default_pg_timeout.total_seconds()),
+        help="seconds a rank waits for the others in training before it ends with an error "
+        "(default: 600, or the minutes in DEEPSPEED_TIMEOUT)",
+    )
     run.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     deepspeed.add_config_arguments(parser)
     arguments = parser.parse_args(argv)
@@ -73,6 +82,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "seq_length",
         "validation_sequences",
         "vocab_size",
+        "timeout",
     ):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -148,6 +158,10 @@ class Run:
         model = make_model(config, arguments.seed)
         self.engine, *_ = deepspeed.initialize(
             model=model, model_parameters=parameter_groups(model), config=arguments.config
+        )
+        # DeepSpeed makes the group of ZeRO's collectives, and ALTO's, with PyTorch's own timeout.
+        dist.distributed_c10d._set_pg_timeout(
+            timedelta(seconds=arguments.timeout), self.engine.seq_data_parallel_group
         )
         self.identity = {
             "model": arguments.model,
@@ -311,13 +325,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Compiling DeepSpeed's shared-memory collectives takes longer than a small run; gloo
         # does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Before any collective: with NCCL, all ranks of a node would else use its first GPU.
-    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    deepspeed.init_distributed()
     try:
+        init_distributed(timedelta(seconds=arguments.timeout))
+        # Before any collective: with NCCL, all ranks of a node would else use its first GPU.
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
         run = Run(arguments)
     except SetupError as error:
-        if dist.get_rank() == 0:
+        if not dist.is_initialized() or dist.get_rank() == 0:
             print(f"pretrain_gpt2: {error}", file=sys.stderr)
         sys.exit(2)
     finished = run.train()

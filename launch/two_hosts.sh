@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# Train on two hosts that are one machine: two network namespaces, joined by a cable, each with a
+# hostname and addresses of its own. Needs root, and the launcher on PATH.
+#
+#     launch/two_hosts.sh deepspeed SCRIPT ARGUMENTS...    one `deepspeed --no_ssh` on each host
+#     launch/two_hosts.sh mpirun SCRIPT ARGUMENTS...       one `mpirun` on the first host
+#     launch/two_hosts.sh srun SCRIPT ARGUMENTS...         no Slurm, but the variables that it sets
+#
+# RANKS_PER_HOST is 1 unless it is set.
+set -euo pipefail
+launcher=$1
+shift
+ranks=${RANKS_PER_HOST:-1}
+folder=$(mktemp -d)
+
+clean_up() {
+    local left
+    left=$(jobs -p)
+    if [ -n "$left" ]; then kill $left 2>/dev/null || true; fi
+    wait
+    for host in host0 host1; do ip netns del "$host-$$" 2>/dev/null || true; done
+    rm -r "$folder"
+}
+trap clean_up EXIT
+trap 'exit 130' INT TERM
+
+ip netns add "host0-$$"
+ip netns add "host1-$$"
+ip link add eth0 netns "host0-$$" type veth peer name eth0 netns "host1-$$"
+echo "127.0.0.1 localhost" >"$folder/hosts"
+for n in 0 1; do
+    ip -n "host$n-$$" address add "10.0.0.$((n + 1))/24" dev eth0
+    ip -n "host$n-$$" link set eth0 up
+    ip -n "host$n-$$" link set lo up
+    echo "10.0.0.$((n + 1)) host$n" >>"$folder/hosts"
+    echo "host$n slots=$ranks" >>"$folder/hostfile"
+done
+
+# `on HOST COMMAND...` is what a shell on that host does. /etc/hosts is covered in a mount
+# namespace that `ip netns exec` makes, so nothing outside sees it.
+cat >"$folder/on" <<EOF
+#!/bin/sh
+exec ip netns exec "\$1-$$" unshare --uts sh -c '
+    hostname "\$0"
+    mount --bind "$folder/hosts" /etc/hosts
+    exec "\$@"' "\$@"
+EOF
+# ssh as mpirun calls it, [OPTIONS] HOST COMMAND...: the other host's shell gets the words as one
+# line, and none of our environment.
+cat >"$folder/ssh" <<EOF
+#!/bin/sh
+while [ "\${1#-}" != "\$1" ]; do shift; done
+host=\$1
+shift
+exec "$folder/on" "\$host" env -i HOME="\$HOME" PATH=/usr/bin:/bin sh -c "\$*"
+EOF
+chmod +x "$folder/on" "$folder/ssh"
+
+case $launcher in
+    deepspeed)
+        for n in 0 1; do
+            "$folder/on" "host$n" deepspeed --hostfile "$folder/hostfile" --no_ssh \
+                --node_rank "$n" --master_addr 10.0.0.1 "$@" &
+        done
+        wait -n && wait -n
+        ;;
+    mpirun)
+        "$folder/on" host0 mpirun -launcher ssh -launcher-exec "$folder/ssh" \
+            -hosts host0,host1 -ppn "$ranks" -n "$((2 * ranks))" python "$@" &
+        wait -n
+        ;;
+    srun)
+        for ((rank = 0; rank < 2 * ranks; rank++)); do
+            "$folder/on" "host$((rank / ranks))" env MASTER_ADDR=10.0.0.1 SLURM_PROCID="$rank" \
+                SLURM_LOCALID=$((rank % ranks)) SLURM_STEP_NUM_TASKS=$((2 * ranks)) python "$@" &
+        done
+        for ((rank = 0; rank < 2 * ranks; rank++)); do wait -n; done
+        ;;
+    *)
+        echo "two_hosts.sh: '$launcher' is no launcher it knows; use deepspeed, mpirun or srun" >&2
+        exit 2
+        ;;
+esac

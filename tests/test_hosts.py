@@ -1,0 +1,85 @@
+"""The main job on two hosts, which are network namespaces of this machine, by each launcher."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alto_ds.pretrain.report import read_metrics
+from tests import launcher
+from tests.pretrain.test_run import command
+
+pytest.importorskip("deepspeed")
+
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
+def missing() -> str | None:
+    """What keeps this machine from being two hosts, None if nothing."""
+    for program in ("ip", "unshare"):
+        if not shutil.which(program):
+            return f"there is no program {program}"
+    cable = ["ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth1"]
+    probe = ["unshare", "--net", "--uts", "--mount", *cable]
+    refusal = subprocess.run(probe, capture_output=True, text=True, check=False).stderr
+    return f"network namespaces are not permitted here: {refusal}" if refusal else None
+
+
+def missing_mpi() -> str | None:
+    """What keeps mpirun from starting ranks that find each other, None if nothing."""
+    mpirun = shutil.which("mpirun", path=PATH)
+    if not mpirun or importlib.util.find_spec("mpi4py") is None:
+        return "there is no mpirun or no mpi4py; install alto-ds[test]"
+    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False)
+    return None if "HYDRA" in version.stdout else f"{mpirun} is not MPICH's"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hosts")
+
+
+def results(folder: Path, name: str) -> tuple[Any, list[dict[str, Any]]]:
+    """Number of ranks, and all that does not depend on time."""
+    rows = read_metrics(folder / name / "metrics.jsonl")
+    for row in rows:
+        del row["tokens_per_second"]
+    return json.loads((folder / name / "run.json").read_text())["ranks"], rows
+
+
+@pytest.fixture(scope="module")
+def one_host(folder: Path) -> tuple[Any, list[dict[str, Any]]]:
+    launcher.run(2, *command(folder, "one-host", max_steps=6), folder=folder)
+    return results(folder, "one-host")
+
+
+@pytest.mark.skipif(missing() is not None, reason=f"{missing()}")
+@pytest.mark.parametrize("starter", ["deepspeed", "mpirun", "srun"])
+def test_two_hosts_train_as_one_does(folder: Path, starter: str, one_host: Any) -> None:
+    if starter == "mpirun" and (reason := missing_mpi()):
+        pytest.skip(reason)
+    with subprocess.Popen(
+        ["launch/two_hosts.sh", starter, *command(folder, starter, max_steps=6)],
+        env=launcher.environment(folder) | {"PATH": PATH},
+        cwd=launcher.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=200)
+        finally:
+            process.terminate()  # not killed: the script removes the namespaces
+    assert process.returncode == 0, output[-8000:]
+    ranks, rows = results(folder, starter)
+    assert ranks == 2
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    assert rows == one_host[1]
