@@ -8,16 +8,16 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from alto_ds.pretrain.ranks import SetupError, init_distributed
 from alto_ds.pretrain.report import read_metrics
 from tests import launcher
 from tests.pretrain.test_run import command
-
-pytest.importorskip("deepspeed")
 
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
@@ -83,3 +83,27 @@ def test_two_hosts_train_as_one_does(folder: Path, starter: str, one_host: Any) 
     assert ranks == 2
     assert [row["step"] for row in rows] == list(range(1, 7))
     assert rows == one_host[1]
+
+
+def test_srun_without_the_address_of_rank_0_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(SetupError, match=r"write: export MASTER_ADDR=\$\(scontrol"):
+        init_distributed(timedelta(seconds=10))
+
+
+@pytest.mark.skipif(missing_mpi() is not None, reason=f"{missing_mpi()}")
+def test_ranks_that_mpi4py_does_not_know_are_refused(folder: Path) -> None:
+    """As another MPI's mpirun leaves them: each of them alone, in the same output folder."""
+    finished = subprocess.run(
+        [sys.executable, *command(folder, "alone")],
+        env=launcher.environment(folder) | {"OMPI_COMM_WORLD_SIZE": "2"},
+        cwd=launcher.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert finished.returncode == 2, finished.stderr[-3000:]
+    assert "mpirun has started 2 processes, and mpi4py finds 1" in finished.stderr
