@@ -2,6 +2,7 @@
 # Train on two hosts that are one machine: two network namespaces, joined by a cable, each with a
 # hostname and addresses of its own. Needs root, and the launcher on PATH.
 #
+#     launch/two_hosts.sh pdsh SCRIPT ARGUMENTS...         one `deepspeed`, which calls pdsh
 #     launch/two_hosts.sh deepspeed SCRIPT ARGUMENTS...    one `deepspeed --no_ssh` on each host
 #     launch/two_hosts.sh mpirun SCRIPT ARGUMENTS...       one `mpirun` on the first host
 #     launch/two_hosts.sh srun SCRIPT ARGUMENTS...         no Slurm, but the variables that it sets
@@ -45,39 +46,50 @@ exec ip netns exec "\$1-$$" unshare --uts sh -c '
     mount --bind "$folder/hosts" /etc/hosts
     exec "\$@"' "\$@"
 EOF
-# ssh as mpirun calls it, [OPTIONS] HOST COMMAND...: the other host's shell gets the words as one
+# ssh [OPTIONS] HOST COMMAND..., as launchers call it: the other host's shell gets the words as one
 # line, and none of our environment.
 cat >"$folder/ssh" <<EOF
 #!/bin/sh
-while [ "\${1#-}" != "\$1" ]; do shift; done
+while :; do
+    case "\$1" in
+        -o) shift 2 ;;
+        -*) shift ;;
+        *) break ;;
+    esac
+done
 host=\$1
 shift
 exec "$folder/on" "\$host" env -i HOME="\$HOME" PATH=/usr/bin:/bin sh -c "\$*"
 EOF
 chmod +x "$folder/on" "$folder/ssh"
 
+export PATH="$folder:$PATH"  # for ssh
 case $launcher in
+    pdsh)
+        on host0 deepspeed --hostfile "$folder/hostfile" "$@" &
+        wait -n
+        ;;
     deepspeed)
         for n in 0 1; do
-            "$folder/on" "host$n" deepspeed --hostfile "$folder/hostfile" --no_ssh \
+            on "host$n" deepspeed --hostfile "$folder/hostfile" --no_ssh \
                 --node_rank "$n" --master_addr 10.0.0.1 "$@" &
         done
         wait -n && wait -n
         ;;
     mpirun)
-        "$folder/on" host0 mpirun -launcher ssh -launcher-exec "$folder/ssh" \
-            -hosts host0,host1 -ppn "$ranks" -n "$((2 * ranks))" python "$@" &
+        on host0 mpirun -launcher ssh -hosts host0,host1 -ppn "$ranks" -n "$((2 * ranks))" \
+            python "$@" &
         wait -n
         ;;
     srun)
         for ((rank = 0; rank < 2 * ranks; rank++)); do
-            "$folder/on" "host$((rank / ranks))" env MASTER_ADDR=10.0.0.1 SLURM_PROCID="$rank" \
+            on "host$((rank / ranks))" env MASTER_ADDR=10.0.0.1 SLURM_PROCID="$rank" \
                 SLURM_LOCALID=$((rank % ranks)) SLURM_STEP_NUM_TASKS=$((2 * ranks)) python "$@" &
         done
         for ((rank = 0; rank < 2 * ranks; rank++)); do wait -n; done
         ;;
     *)
-        echo "two_hosts.sh: '$launcher' is no launcher it knows; use deepspeed, mpirun or srun" >&2
+        echo "two_hosts.sh: '$launcher' must be pdsh, deepspeed, mpirun or srun" >&2
         exit 2
         ;;
 esac

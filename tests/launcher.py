@@ -15,9 +15,9 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """Environment of a command on CPU ranks; caches go to ``folder``."""
-    return os.environ | {
+def settings(folder: Path) -> dict[str, str]:
+    """Environment variables of a command on CPU ranks; caches go to ``folder``."""
+    return {
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "HF_HOME": str(folder / "hf"),
@@ -34,7 +34,7 @@ def start(ranks: int, *command: str, folder: Path) -> subprocess.Popen[str]:
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
     return subprocess.Popen(
         [*launcher, "--master_port", str(port), *command],
-        env=environment(folder),
+        env=os.environ | settings(folder),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def test_where_a_rank_is_lost_the_others_end_in_time(tmp_path: Path, signal: str
             with log.open("w") as output:
                 process = subprocess.Popen(
                     [sys.executable, "tests/scripts/lose_a_rank.py", signal, *arguments],
-                    env=launcher.environment(tmp_path) | place,
+                    env=os.environ | launcher.settings(tmp_path) | place,
                     cwd=launcher.ROOT,
                     stdout=output,
                     stderr=subprocess.STDOUT,

@@ -47,11 +47,6 @@ def command(folder: Path, output: str, stage: int = 2, **more: Any) -> list[str]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
 def straight(folder: Path) -> str:
     """What a run on 2 ranks printed that nobody interrupted; its results are in "straight"."""
     return launcher.run(2, *command(folder, "straight", dropout=0.1), folder=folder)
@@ -107,18 +102,17 @@ def test_a_run_that_was_interrupted_goes_on_bitwise(folder: Path, straight: str)
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 2), (2, 1), (2, 3)])
-def test_ranks_and_stages_do_not_matter(folder: Path, ranks: int, stage: int) -> None:
-    twin = folder / "two-ranks-zero2"
-    if not twin.exists():
-        launcher.run(2, *command(folder, twin.name), folder=folder)
+def test_ranks_and_stages_do_not_matter(
+    folder: Path, two_ranks: Path, ranks: int, stage: int
+) -> None:
     name = f"{ranks}-zero{stage}"
     launcher.run(ranks, *command(folder, name, stage), folder=folder)
-    expected = read_metrics(twin / "metrics.jsonl")
+    expected = read_metrics(two_ranks / "metrics.jsonl")
     found = read_metrics(folder / name / "metrics.jsonl")
     for row, other in zip(found, expected, strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-4), row["step"]
         assert row.get("val_loss", 0) == pytest.approx(other.get("val_loss", 0), rel=1e-4)
-    left, right = weights(folder / name), weights(twin)
+    left, right = weights(folder / name), weights(two_ranks)
     assert left.keys() == right.keys()
     assert all(torch.allclose(left[n], right[n], rtol=1e-2, atol=1e-3) for n in left)
 

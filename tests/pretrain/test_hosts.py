@@ -19,6 +19,7 @@ from alto_ds.pretrain.report import read_metrics
 from tests import launcher
 from tests.pretrain.test_run import command
 
+STEPS = 4
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
@@ -42,33 +43,25 @@ def missing_mpi() -> str | None:
     return None if "HYDRA" in version.stdout else f"{mpirun} is not MPICH's"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("hosts")
-
-
-def results(folder: Path, name: str) -> tuple[Any, list[dict[str, Any]]]:
-    """Number of ranks, and all that does not depend on time."""
-    rows = read_metrics(folder / name / "metrics.jsonl")
-    for row in rows:
-        del row["tokens_per_second"]
-    return json.loads((folder / name / "run.json").read_text())["ranks"], rows
-
-
-@pytest.fixture(scope="module")
-def one_host(folder: Path) -> tuple[Any, list[dict[str, Any]]]:
-    launcher.run(2, *command(folder, "one-host", max_steps=6), folder=folder)
-    return results(folder, "one-host")
+def results(folder: Path) -> list[dict[str, Any]]:
+    """All that a run has measured at its first steps, times aside."""
+    rows = read_metrics(folder / "metrics.jsonl")[:STEPS]
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
 
 
 @pytest.mark.skipif(missing() is not None, reason=f"{missing()}")
-@pytest.mark.parametrize("starter", ["deepspeed", "mpirun", "srun"])
-def test_two_hosts_train_as_one_does(folder: Path, starter: str, one_host: Any) -> None:
+@pytest.mark.parametrize("starter", ["pdsh", "deepspeed", "mpirun", "srun"])
+def test_two_hosts_train_as_one_does(folder: Path, two_ranks: Path, starter: str) -> None:
     if starter == "mpirun" and (reason := missing_mpi()):
         pytest.skip(reason)
+    if starter == "pdsh" and not shutil.which("pdsh"):
+        pytest.skip("there is no program pdsh")
+    settings = launcher.settings(folder)
+    exports = folder / "deepspeed_env"  # pdsh passes these on, and nothing else
+    exports.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
     with subprocess.Popen(
-        ["launch/two_hosts.sh", starter, *command(folder, starter, max_steps=6)],
-        env=launcher.environment(folder) | {"PATH": PATH},
+        ["launch/two_hosts.sh", starter, *command(folder, starter, max_steps=STEPS)],
+        env=os.environ | settings | {"PATH": PATH, "DS_ENV_FILE": str(exports)},
         cwd=launcher.ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -79,10 +72,11 @@ def test_two_hosts_train_as_one_does(folder: Path, starter: str, one_host: Any) 
         finally:
             process.terminate()  # not killed: the script removes the namespaces
     assert process.returncode == 0, output[-8000:]
-    ranks, rows = results(folder, starter)
-    assert ranks == 2
-    assert [row["step"] for row in rows] == list(range(1, 7))
-    assert rows == one_host[1]
+    assert json.loads((folder / starter / "run.json").read_text())["ranks"] == 2
+    found = results(folder / starter)
+    assert len(found) == STEPS
+    assert "val_loss" in found[-1]
+    assert found == results(two_ranks)
 
 
 def test_srun_without_the_address_of_rank_0_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +92,7 @@ def test_ranks_that_mpi4py_does_not_know_are_refused(folder: Path) -> None:
     """As another MPI's mpirun leaves them: each of them alone, in the same output folder."""
     finished = subprocess.run(
         [sys.executable, *command(folder, "alone")],
-        env=launcher.environment(folder) | {"OMPI_COMM_WORLD_SIZE": "2"},
+        env=os.environ | launcher.settings(folder) | {"OMPI_COMM_WORLD_SIZE": "2"},
         cwd=launcher.ROOT,
         capture_output=True,
         text=True,
