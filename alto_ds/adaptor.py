@@ -47,8 +47,8 @@ class E(Optimizer):
 
     The correction is elementwise, so it is exact however tensors are sharded. The base optimizer
     must be elementwise too where ZeRO or tensor parallelism cuts parameters, or ALTO, which knows
-    what was cut; a wrong one is refused at the first step. On whole parameters and on DTensors any
-    base will do.
+    what was cut; a wrong one is refused at the first step. On whole parameters any base will do,
+    and on DTensors PyTorch computes as on whole ones, or refuses.
 
     Args:
         optimizer: the base optimizer, any :class:`torch.optim.Optimizer` that does not itself call
@@ -82,11 +82,6 @@ class E(Optimizer):
             )
         if isinstance(optimizer, E):
             raise TypeError("E: the base optimizer is an E already; correct gradients once.")
-        if "onebit" in type(optimizer).__module__:
-            raise TypeError(
-                f"E: {type(optimizer).__name__} exchanges compressed momenta, not gradients; use "
-                "another base optimizer, such as AdamW."
-            )
         check_alpha(alpha, beta, "beta")
         registration.support_in_zero(type(self))
         if elementwise is None:
