@@ -9,17 +9,20 @@
 #
 # RANKS_PER_HOST is 1 unless it is set.
 set -euo pipefail
-launcher=$1
+launcher=${1:?name pdsh, deepspeed, mpirun or srun, then a script and its arguments}
 shift
 ranks=${RANKS_PER_HOST:-1}
 folder=$(mktemp -d)
 
 clean_up() {
-    local left
-    left=$(jobs -p)
-    if [ -n "$left" ]; then kill $left 2>/dev/null || true; fi
-    wait
-    for host in host0 host1; do ip netns del "$host-$$" 2>/dev/null || true; done
+    local host pids
+    for host in host0 host1; do
+        # Again and again, for a launcher may start one more before it is killed itself.
+        while pids=$(ip netns pids "$host-$$" 2>/dev/null) && [ -n "$pids" ]; do
+            kill -KILL $pids 2>/dev/null || true
+        done
+        ip netns del "$host-$$" 2>/dev/null || true
+    done
     rm -r "$folder"
 }
 trap clean_up EXIT
