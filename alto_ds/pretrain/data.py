@@ -137,9 +137,8 @@ class Sequences:
 
     def _pack_documents(self, batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         end = self.tokenizer.eos_token_id
-        encoded = self.tokenizer.backend_tokenizer.encode_batch(
-            batch[TEXT], add_special_tokens=False
-        )
+        texts = [text for text in batch[TEXT] if text]  # datasets have nulls, too
+        encoded = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
         stream = [token for document in encoded for token in (*document.ids, end)]
         last = len(stream) - self.length + 1
         return {TOKENS: [stream[i : i + self.length] for i in range(0, last, self.length)]}
@@ -157,7 +156,11 @@ def _tokenizer(arguments: Namespace, training: Any) -> PreTrainedTokenizerFast:
     """
     folder = Path(arguments.output_dir, "tokenizer")
     resumed = Path(arguments.output_dir, "checkpoints", "latest").is_file()
-    made_of = {"text": getattr(training, "_fingerprint", ""), "size": arguments.vocab_size}
+    made_of = {
+        "text": getattr(training, "_fingerprint", ""),
+        "size": arguments.vocab_size,
+        "documents": arguments.tokenizer_documents,
+    }
     record = folder / "trained_on.json"
     if arguments.tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
@@ -170,7 +173,8 @@ def _tokenizer(arguments: Namespace, training: Any) -> PreTrainedTokenizerFast:
     if record.is_file() and (resumed or json.loads(record.read_text()) == made_of):
         return AutoTokenizer.from_pretrained(folder)
     bpe = ByteLevelBPETokenizer()
-    texts = (row[TEXT] for row in itertools.islice(training, arguments.tokenizer_documents))
+    rows = itertools.islice(training, arguments.tokenizer_documents)
+    texts = (row[TEXT] or "" for row in rows)
     bpe.train_from_iterator(
         texts, vocab_size=arguments.vocab_size, special_tokens=[END_OF_TEXT], show_progress=False
     )

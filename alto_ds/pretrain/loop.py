@@ -30,6 +30,8 @@ from alto_ds.pretrain.report import Report, perplexity
 
 KEPT_CHECKPOINTS = 2
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
+# What of DeepSpeed's JSON decides the weights, besides the batch size and ZeRO's stage.
+DECISIVE = ("optimizer", "scheduler", "gradient_clipping", "bf16", "fp16")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -75,18 +77,20 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--deepspeed_config={config_path} is no file; name a JSON from configs/")
     if arguments.text and arguments.dataset:
         parser.error("--text and --dataset both name text; give one of them")
-    for name in (
-        "max_steps",
-        "eval_interval",
-        "save_interval",
-        "seq_length",
-        "validation_sequences",
-        "vocab_size",
-        "timeout",
-    ):
+    minima = {
+        "max_steps": 1,
+        "eval_interval": 1,
+        "save_interval": 1,
+        "seq_length": 2,  # one token to predict the next from
+        "validation_sequences": 1,
+        "vocab_size": 257,  # the bytes and end of text
+        "tokenizer_documents": 1,
+        "timeout": 1,
+    }
+    for name, minimum in minima.items():
         value = getattr(arguments, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name}={value} must be at least 1")
+        if value is not None and value < minimum:
+            parser.error(f"--{name}={value} must be at least {minimum}")
     if not 0 < arguments.validation_fraction < 1:
         parser.error(f"--validation_fraction={arguments.validation_fraction} must be in (0, 1)")
     positions = SIZES[arguments.model].get("n_positions", 1024)
@@ -97,12 +101,40 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         arguments.config = json.loads(Path(config_path).read_text())
     except json.JSONDecodeError as error:
         parser.error(f"--deepspeed_config={config_path} is no JSON: {error}")
+    if "optimizer" not in arguments.config:
+        parser.error(f'{config_path} has no "optimizer"; add one, as in configs/')
     scheduler = arguments.config.get("scheduler", {}).get("params", {})
     arguments.warmup_steps = scheduler.get("warmup_num_steps")
     arguments.max_steps = arguments.max_steps or scheduler.get("total_num_steps")
     if arguments.max_steps is None:
         parser.error("--max_steps is needed: the JSON's scheduler has no total_num_steps")
     return arguments
+
+
+def check_batch_size(config: dict[str, Any], world_size: int) -> None:
+    """Refuse a global batch that the ranks cannot share equally, before any text is read.
+
+    Raises:
+        SetupError: on all ranks.
+    """
+    batch_size = config.get("train_batch_size")
+    micro = config.get("train_micro_batch_size_per_gpu")
+    if batch_size and micro and batch_size % (micro * world_size):
+        raise SetupError(
+            f"train_batch_size={batch_size} is not a multiple of train_micro_batch_size_per_gpu="
+            f"{micro} times {world_size} rank(s); change one of the three."
+        )
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by names such as ``optimizer.params.lr``."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
 
 
 class Interruption:
@@ -139,12 +171,13 @@ class Run:
         self.folder = Path(arguments.output_dir)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = torch.device(get_accelerator().current_device_name())
-        # The first rank of each node fills the caches of tokenizer and sequences, the others
-        # then find them.
+        check_batch_size(arguments.config, self.world_size)
+        # The first rank fills the caches of tokenizer and sequences, then the first of each other
+        # node, whose folders may be its own; the rest then find them.
         first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-        data = on_ranks(first, lambda: Sequences(arguments))
-        data = on_ranks(not first, lambda: Sequences(arguments)) or data
-        assert data is not None
+        turns = (self.rank == 0, first and self.rank > 0, not first and self.rank > 0)
+        prepared = [on_ranks(turn, lambda: Sequences(arguments)) for turn in turns]
+        data = next(mine for mine in prepared if mine is not None)
         self.data = data
         fingerprints: list[Any] = [None] * self.world_size
         dist.all_gather_object(fingerprints, data.fingerprint)
@@ -168,6 +201,13 @@ class Run:
             "seq_length": arguments.seq_length,
             "seed": arguments.seed,
             "train_batch_size": self.engine.train_batch_size(),
+            "dropout": arguments.dropout,
+            "validation_sequences": arguments.validation_sequences,
+            # Of a tokenizer that is trained; a resumed run goes on with it and trains none.
+            "vocab_size": None if arguments.tokenizer else arguments.vocab_size,
+            "tokenizer_documents": None if arguments.tokenizer else arguments.tokenizer_documents,
+            **{key: arguments.config.get(key) for key in DECISIVE},
+            "zero_optimization.stage": self.engine.zero_optimization_stage(),
             "data": data.fingerprint,
             "ranks": self.world_size,
         }
@@ -196,11 +236,12 @@ class Run:
 
     def _check_identity(self) -> None:
         """Refuse to go on with a run that would not be the same one, before anything is loaded."""
-        then = json.loads((self.folder / "run.json").read_text())
+        then = flat(json.loads((self.folder / "run.json").read_text()))
+        now = flat(self.identity)
         changed = [
-            f"{key}={then.get(key)}, now {now}"
-            for key, now in self.identity.items()
-            if then.get(key) != now
+            f"{key}={then.get(key)}, now {now.get(key)}"
+            for key in dict.fromkeys([*then, *now])
+            if then.get(key) != now.get(key)
         ]
         if changed:
             raise SetupError(
@@ -212,7 +253,9 @@ class Run:
         """Write a checkpoint and remove older ones. All ranks must call this together."""
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "run.json").write_text(json.dumps(self.identity, indent=2) + "\n")
+            new = self.folder / "run.json.new"
+            new.write_text(json.dumps(self.identity, indent=2) + "\n")
+            new.replace(self.folder / "run.json")
         self.engine.save_checkpoint(
             str(self.checkpoints), tag=f"step{self.step:07d}", client_state={"step": self.step}
         )

@@ -78,5 +78,10 @@ def _named_dataset(arguments: Namespace) -> Any:
             f"--text_column={column} is not in dataset {name}, which has the columns "
             f"{', '.join(loaded.column_names)}."
         )
+    kind = loaded.features[column] if loaded.features else None
+    if kind is not None and getattr(kind, "dtype", "") not in ("string", "large_string"):
+        raise ValueError(
+            f"--text_column={column} of dataset {name} holds {kind}; name a column of text."
+        )
     loaded = loaded.select_columns([column])
     return loaded if column == TEXT else loaded.rename_column(column, TEXT)

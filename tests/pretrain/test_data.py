@@ -17,7 +17,8 @@ pytest.importorskip("datasets")
 import datasets
 
 from alto_ds.pretrain.data import Sequences
-from alto_ds.pretrain.loop import parse_arguments
+from alto_ds.pretrain.loop import check_batch_size, parse_arguments
+from alto_ds.pretrain.ranks import SetupError
 from tests.launcher import ROOT
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -146,6 +147,40 @@ def test_a_tokenizer_is_trained_anew_for_another_size_or_text(tmp_path: Path) ->
     assert sizes == [300, 350, 350]
 
 
+def test_documents_without_text_are_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "jsonl"
+    folder.mkdir()
+    texts = [f"document {i}, and some words more " * 8 for i in range(200)]
+    holes = folder / "holes.jsonl"
+    datasets.Dataset.from_dict({"text": [*texts[:100], None, "", *texts[100:]]}).to_json(holes)
+    data = Sequences(arguments(tmp_path / "holes", "--dataset", str(holes)))
+    end = data.tokenizer.eos_token_id
+    rows = torch.cat([data._training["input_ids"][:], data.validation]).flatten()
+    assert not ((rows[1:] == end) & (rows[:-1] == end)).any()
+    numbers = folder / "numbers.jsonl"
+    datasets.Dataset.from_dict({"text": [1, 2, 3]}).to_json(numbers)
+    with pytest.raises(ValueError, match="name a column of text"):
+        Sequences(arguments(tmp_path / "numbers", "--dataset", str(numbers)))
+
+
+def test_a_configuration_without_optimizer_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"train_batch_size": 8}')
+    with pytest.raises(SystemExit):
+        arguments(tmp_path, "--deepspeed_config", str(path))
+    assert 'has no "optimizer"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_global_batch_that_ranks_cannot_share_is_refused(world_size: int) -> None:
+    config = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4}
+    check_batch_size(config, world_size)
+    with pytest.raises(SetupError, match="train_batch_size=16 is not a multiple"):
+        check_batch_size(config, 3)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -153,6 +188,8 @@ def test_a_tokenizer_is_trained_anew_for_another_size_or_text(tmp_path: Path) ->
         (["--seq_length", "129"], "gpt2-tiny takes 128"),
         (["--validation_fraction", "1.5"], "must be in"),
         (["--max_steps", "0"], "must be at least 1"),
+        (["--seq_length", "1"], "must be at least 2"),  # no token to predict
+        (["--vocab_size", "256"], "must be at least 257"),
         (["--dataset", "x", "--text", "y"], "give one of them"),
     ],
 )

@@ -118,9 +118,15 @@ def test_ranks_and_stages_do_not_matter(
 
 
 def test_resuming_with_other_settings_is_refused(folder: Path, straight: str) -> None:
-    arguments = command(folder, "straight", dropout=0.1, seed=4321)
+    arguments = command(folder, "straight", dropout=0.2, seed=4321, vocab_size=500)
+    path = folder / "zero2.json"
+    config = json.loads(path.read_text())
+    config["optimizer"]["params"]["lr"] = 0.5
+    path.write_text(json.dumps(config))
     output = launcher.run(1, *arguments, folder=folder, fails=True)
     assert "was started with seed=1234, now 4321; " in output
+    assert "dropout=0.1, now 0.2; vocab_size=400, now 500; " in output
+    assert "optimizer.params.lr=0.02, now 0.5; " in output
     assert "ranks=2, now 1. Use the same settings" in output
     assert "another --output_dir" in output
 
