@@ -13,7 +13,13 @@ from torch.utils.hooks import RemovableHandle
 
 from alto_ds import registration
 from alto_ds.layout import tensor_parallel, whole
-from alto_ds.optimizer import ALTO, check_alpha, restore_state_dtype, zeros_for_state
+from alto_ds.optimizer import (
+    ALTO,
+    check_alpha,
+    grad_scaler_error,
+    restore_state_dtype,
+    zeros_for_state,
+)
 
 # Base optimizers that treat each element by itself, and so do not mind how tensors are cut.
 _ELEMENTWISE = {
@@ -212,12 +218,23 @@ class E(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """False: :class:`torch.amp.GradScaler` shall unscale before gradients are corrected."""
-        return isinstance(self.optimizer, ALTO) and self.optimizer._step_supports_amp_scaling
+        """False: :class:`torch.amp.GradScaler` shall unscale before gradients are corrected.
+
+        Raises:
+            RuntimeError: layers are shared, and each rank's GradScaler decides for itself.
+        """
+        if isinstance(self.optimizer, ALTO):
+            return self.optimizer._step_supports_amp_scaling
+        if _are_cut(self._tensors(), self._params):
+            raise grad_scaler_error("E")
+        return False
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for group in self.param_groups for tensor in group["params"]]
 
     def _check_base(self) -> None:
         """See that the base optimizer fits the tensors that are in its groups now."""
-        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        tensors = self._tensors()
         if self._checked.issuperset(tensors):
             return
         if not self.elementwise and _are_cut(tensors, self._params):

@@ -209,12 +209,7 @@ class ALTO(Optimizer):
         for tensor, layout in self._layouts.items():
             # For DTensors PyTorch brings the scalers of all ranks to agree.
             if any(layer.groups for layer in layout.layers) and not hasattr(tensor, "device_mesh"):
-                raise RuntimeError(
-                    "ALTO cannot be stepped by a torch.amp.GradScaler where ranks share layers: on "
-                    "an overflow in one rank's part that rank alone would skip the step, and the "
-                    'others would wait for it. Use "bf16", or "fp16" with DeepSpeed\'s own loss '
-                    'scaling, in place of "torch_autocast" with dtype float16.'
-                )
+                raise grad_scaler_error("ALTO")
         return False
 
     def trust_ratios(
@@ -336,6 +331,16 @@ class ALTO(Optimizer):
         _, eps2, eps3 = _three_eps(group["eps"])
         clip = group["trust_clip"]
         return trust_ratios(sums, eps2, eps3, None if clip is None else (clip[0], clip[1]))
+
+
+def grad_scaler_error(optimizer: str) -> RuntimeError:
+    """What to raise where a GradScaler steps ``optimizer`` on layers that ranks share."""
+    return RuntimeError(
+        f"{optimizer} cannot be stepped by a torch.amp.GradScaler where ranks share layers: on an "
+        "overflow in one rank's part that rank alone would skip the step, and the others would "
+        'wait for it or go on without it. Use "bf16", or "fp16" with DeepSpeed\'s own loss '
+        'scaling, in place of "torch_autocast" with dtype float16.'
+    )
 
 
 def zeros_for_state(tensor: Tensor) -> Tensor:

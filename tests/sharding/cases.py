@@ -221,12 +221,14 @@ CASES: dict[str, Case] = {
     ),
     # Last, for DeepSpeed never forgets torch_autocast.
     **{
-        f"refused-autocast-zero{stage}": Case(
+        f"refused-autocast-{optimizer.lower()}-zero{stage}": Case(
             zero=zero | {"stage": stage},
             config={"torch_autocast": {"enabled": True, "dtype": "float16"}},
-            refused="ALTO cannot be stepped by a torch.amp.GradScaler where ranks share layers",
+            optimizer_type=optimizer,
+            refused=f"{optimizer} cannot be stepped by a torch.amp.GradScaler where ranks share",
             worlds=(2,),
         )
+        for optimizer in ("ALTO", "E")
         for stage, zero in ((1, {}), (2, {}), (3, ZERO3))
     },
 }
