@@ -100,7 +100,9 @@ class E(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's parameter groups; DeepSpeed swaps them before each step."""
-        return self.optimizer.param_groups
+        groups = self.optimizer.param_groups
+        registration.refuse_other_updates("E", groups, self._params)
+        return groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
@@ -134,7 +136,7 @@ class E(Optimizer):
         self.beta: float = state["beta"]
         self.elementwise: bool = state["elementwise"]
         # The model's own. Wrappers put others in their place.
-        self._params = [param for group in self.param_groups for param in group["params"]]
+        self._params = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._makes_states_early = any(param in self.state for param in self._params)
         self._checked: set[Tensor] = set()
         super().__setstate__({})
@@ -183,19 +185,22 @@ class E(Optimizer):
         return self.optimizer.register_load_state_dict_post_hook(hook, prepend)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, step_id: int | None = None) -> Any:
         """Correct all gradients, then take the base optimizer's step.
 
         Args:
             closure: reevaluates the model and returns the loss; called once, before the step.
+            step_id: passed by DeepSpeed's ZenFlow alone, which is refused.
 
         Returns:
             What ``closure`` returned, else what the base optimizer's ``step`` returns.
 
         Raises:
-            RuntimeError: a gradient is sparse or complex, or parameters are cut and the base
-                optimizer is not elementwise. Raised before anything is changed.
+            RuntimeError: a gradient is sparse or complex, parameters are cut and the base
+                optimizer is not elementwise, or ZenFlow calls. Raised before anything is changed.
         """
+        if step_id is not None:
+            raise registration.zenflow_error("E")
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -96,6 +96,17 @@ class ALTO(Optimizer):
         }
         super().__init__(params, defaults)
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups; wrappers put their own tensors in them."""
+        groups: list[dict[str, Any]] = self.__dict__["param_groups"]
+        registration.refuse_other_updates("ALTO", groups, self._names)
+        return groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.__dict__["param_groups"] = groups
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of the model's parameters, as :class:`torch.optim.Optimizer` does.
 
@@ -139,10 +150,7 @@ class ALTO(Optimizer):
                 Raised before anything is changed.
         """
         if step_id is not None:
-            raise RuntimeError(
-                "ALTO cannot be used with ZenFlow, which updates the most important columns by an "
-                'AdamW of its own: remove "zenflow" from "zero_optimization".'
-            )
+            raise registration.zenflow_error("ALTO")
         loss = None
         if closure is not None:
             with torch.enable_grad():

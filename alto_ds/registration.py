@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,42 @@ def support_in_zero(optimizer: type[Optimizer]) -> None:
     if supported is not None and optimizer not in supported:
         supported.append(optimizer)
         _check_version(sys.modules["deepspeed"])
+
+
+def refuse_other_updates(
+    name: str, groups: Sequence[dict[str, Any]], params: Iterable[torch.Tensor]
+) -> None:
+    """Refuse what updates weights without calling the optimizer, on all ranks alike.
+
+    ZenFlow and SuperOffload run an Adam of their own with settings that they read from the groups;
+    so this is asked whenever groups are read.
+
+    Args:
+        name: the optimizer's.
+        groups: its parameter groups as they are now.
+        params: the model's own parameters.
+
+    Raises:
+        RuntimeError: one of the two is at work.
+    """
+    trained = next((param for param in params if param.requires_grad), None)
+    zero3 = getattr(trained, "_z3_optimizer", None)
+    tensors = (tensor for group in groups for tensor in group["params"][:1])
+    if getattr(zero3, "zenflow", False) or any(hasattr(t, "overlap_grad") for t in tensors):
+        raise zenflow_error(name)
+    if type(zero3).__name__ == "SuperOffloadOptimizer_Stage3":
+        raise RuntimeError(
+            f"{name} cannot be used with SuperOffload, which updates weights by an Adam of its "
+            'own: remove "super_offload" from "offload_optimizer".'
+        )
+
+
+def zenflow_error(name: str) -> RuntimeError:
+    """What to raise where DeepSpeed's ZenFlow uses the optimizer ``name``."""
+    return RuntimeError(
+        f"{name} cannot be used with ZenFlow, which updates the most important columns by an Adam "
+        'of its own: remove "zenflow" from "zero_optimization".'
+    )
 
 
 def _check_version(deepspeed: Any) -> None:

@@ -161,6 +161,9 @@ CASES: dict[str, Case] = {
     "resume-zero2": Case(zero={"stage": 2}, config=FP16, worlds=(2,)),
     "resume-zero3": Case(zero=ZERO3, config=BF16, wrapper=STAGE3, worlds=(2,)),
     "resume-e-zero2": Case(zero={"stage": 2}, optimizer_type="E", worlds=(2,)),
+    "resume-e-adagrad-zero2": Case(
+        zero={"stage": 2}, optimizer={"optimizer": "Adagrad"}, optimizer_type="E", worlds=(2,)
+    ),
     "ddp": Case(sharded=False, worlds=(2,)),  # where averages are exact
     "e-zero0-fp32": Case(optimizer_type="E", wrapper="E", sharded=False),
     "e-zero1-bf16-fp32-accumulation": Case(
@@ -203,22 +206,27 @@ CASES: dict[str, Case] = {
         )
         for stage, zero in ((1, {}), (2, {}), (3, ZERO3))
     },
-    "refused-zenflow": Case(
-        zero={
-            "stage": 2,
-            "zenflow": {
-                "topk_ratio": 0.1,
-                "update_interval": 2,
-                "full_warm_up_rounds": 0,
-                "overlap_step": False,
-            },
-        }
-        | OFFLOAD,
-        # With "alpha" in the JSON, ZenFlow's own AdamW stops at that.
-        config=BF16 | {"optimizer": {"type": "ALTO", "params": {"lr": 0.05}}},
-        refused="ALTO cannot be used with ZenFlow",
-        worlds=(2,),
-    ),
+    # The optimizer's own settings are left out, for ZenFlow's AdamW would stop at them.
+    **{
+        f"refused-zenflow-{optimizer.lower()}{'-overlap' if overlap else ''}": Case(
+            zero={
+                "stage": 2,
+                "overlap_comm": True,
+                "zenflow": {
+                    "topk_ratio": 0.1,
+                    "update_interval": 2,
+                    "full_warm_up_rounds": 0,
+                    "overlap_step": overlap,
+                },
+            }
+            | OFFLOAD,
+            config=BF16 | {"optimizer": {"type": optimizer, "params": {"lr": 0.05}}},
+            refused=f"{optimizer} cannot be used with ZenFlow",
+            worlds=(2,),
+        )
+        for optimizer in ("ALTO", "E")
+        for overlap in (False, True)
+    },
     # Last, for DeepSpeed never forgets torch_autocast.
     **{
         f"refused-autocast-{optimizer.lower()}-zero{stage}": Case(

@@ -481,12 +481,14 @@ def run_overflow(case: Case) -> dict[str, Any]:
 
 
 def run_refused(case: Case) -> dict[str, Any]:
-    """The error of the first step, and whether it left the weights as they were."""
-    engine = make_engine(case)
-    alto = bare(engine)
-    tensors = [tensor for group in alto.param_groups for tensor in group["params"]]
+    """The error when the engine is made or at the optimizer's first step; did weights change?"""
+    result: dict[str, Any] = {"message": "none", "changed": 0}
+    try:
+        engine = make_engine(case)
+    except RuntimeError as error:
+        return from_all(result | {"message": str(error)})
+    tensors = [tensor for group in bare(engine).param_groups for tensor in group["params"]]
     before = [tensor.detach().clone() for tensor in tensors]
-    result: dict[str, Any] = {"message": "none"}
     try:
         for step in range(3):  # ZenFlow does not step the optimizer at once
             train_step(engine, case, step)
