@@ -30,8 +30,8 @@ from alto_ds.pretrain.report import Report, perplexity
 
 KEPT_CHECKPOINTS = 2
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
-# What of DeepSpeed's JSON decides the weights, besides the batch size and ZeRO's stage.
-DECISIVE = ("optimizer", "scheduler", "gradient_clipping", "bf16", "fp16")
+# Sections of DeepSpeed's JSON that decide the weights; others are asked of the engine.
+DECISIVE = ("optimizer", "scheduler", "torch_autocast")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -119,7 +119,9 @@ def check_batch_size(config: dict[str, Any], world_size: int) -> None:
     """
     batch_size = config.get("train_batch_size")
     micro = config.get("train_micro_batch_size_per_gpu")
-    if batch_size and micro and batch_size % (micro * world_size):
+    if not (isinstance(batch_size, int) and isinstance(micro, int) and micro > 0):
+        return  # DeepSpeed computes the missing one, or refuses it
+    if batch_size % (micro * world_size):
         raise SetupError(
             f"train_batch_size={batch_size} is not a multiple of train_micro_batch_size_per_gpu="
             f"{micro} times {world_size} rank(s); change one of the three."
@@ -206,7 +208,10 @@ class Run:
             # Of a tokenizer that is trained; a resumed run goes on with it and trains none.
             "vocab_size": None if arguments.tokenizer else arguments.vocab_size,
             "tokenizer_documents": None if arguments.tokenizer else arguments.tokenizer_documents,
-            **{key: arguments.config.get(key) for key in DECISIVE},
+            **{key: arguments.config[key] for key in DECISIVE if key in arguments.config},
+            "gradient_clipping": self.engine.gradient_clipping(),
+            "bf16": self.engine.bfloat16_enabled(),
+            "fp16": self.engine.fp16_enabled(),
             "zero_optimization.stage": self.engine.zero_optimization_stage(),
             "data": data.fingerprint,
             "ranks": self.world_size,

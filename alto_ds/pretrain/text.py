@@ -79,7 +79,7 @@ def _named_dataset(arguments: Namespace) -> Any:
             f"{', '.join(loaded.column_names)}."
         )
     kind = loaded.features[column] if loaded.features else None
-    if kind is not None and getattr(kind, "dtype", "") not in ("string", "large_string"):
+    if kind is not None and "string" not in getattr(kind, "dtype", ""):
         raise ValueError(
             f"--text_column={column} of dataset {name} holds {kind}; name a column of text."
         )
