@@ -33,3 +33,4 @@ for _ in range(30):
 if rank == 0:
     inner = getattr(optimizer, "optimizer", optimizer)
     print(f"RESULT {arguments.greeting} {type(inner).__name__} {losses[0]:.4f} {losses[-1]:.4f}")
+torch.distributed.destroy_process_group()

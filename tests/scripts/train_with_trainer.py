@@ -53,3 +53,4 @@ if torch.distributed.get_rank() == 0:
         "losses": losses,
     }
     print("RESULT " + json.dumps(result))
+torch.distributed.destroy_process_group()

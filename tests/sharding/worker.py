@@ -377,7 +377,8 @@ def snapshot(alto: Any, pieces: dict[Tensor, list[Piece]]) -> list[Tensor]:
     values = []
     for tensor, parts in pieces.items():
         state = alto.state[tensor]
-        flats = [tensor, *(state[key] for key in STATES if key in state)]
+        states = [value for _, value in sorted(state.items()) if torch.is_tensor(value)]
+        flats = [tensor, *(value for value in states if value.shape == tensor.shape)]
         for flat in flats:
             values += [flat.flatten()[p.offset : p.offset + p.length] for p in parts]
         values.append(torch.as_tensor(state.get("step", 0)))
