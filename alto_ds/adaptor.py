@@ -160,7 +160,7 @@ class E(Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` returned."""
         self.optimizer.load_state_dict(dict(state_dict))
-        restore_state_dtype(self.optimizer, state_dict, (E_EXP_AVG_GRAD,))
+        restore_state_dtype(self.optimizer, state_dict, {E_EXP_AVG_GRAD: ""})
 
     # state_dict and load_state_dict are the base optimizer's, and so are their hooks.
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from alto_ds import kernels, registration
-from alto_ds.layout import Fragment, Layout, local, local_grad, resolve
-from alto_ds.trust_ratio import TrustRatio, add_over_ranks, sums_dtype, trust_ratios
+from alto_ds.layout import Layer, Layout, local, local_grad, resolve
+from alto_ds.trust_ratio import (
+    TrustRatio,
+    add_over_ranks,
+    rows_to_add,
+    sums_dtype,
+    trust_ratios,
+)
 
 STEP = "step"
 EXP_AVG_GRAD = "exp_avg_grad"  # s, average of the gradient; absent where alpha is 0
@@ -29,6 +35,25 @@ class _Shard(NamedTuple):
     grad: Tensor
     group: dict[str, Any]
     layout: Layout
+
+
+class _Members(NamedTuple):
+    """Which shards of a call form one batch."""
+
+    indices: list[int]
+    rows: slice  # of their layers in the plan's sums
+    fragments: kernels.FragmentTable
+
+
+class _Plan(NamedTuple):
+    """All that stays the same while ``step()`` is called for the same tensors."""
+
+    kinds: list[Any]  # see ALTO._kind; the plan is good for shards of these kinds
+    members: list[_Members]
+    layers_of: dict[Tensor, list[tuple[int, Layer]]]  # each with its row
+    rows_of: dict[ProcessGroup, Tensor]  # rows to add up over the ranks of each group
+    sums: Tensor  # [layers, 2]: Σθ² and Σr² of the latest step
+    ratios: Tensor  # [layers]
 
 
 class ALTO(Optimizer):
@@ -50,7 +75,7 @@ class ALTO(Optimizer):
     The norms are those of whole layers, also where DeepSpeed's ZeRO cut them: see
     :mod:`alto_ds.layout`. States are float32 (float64 for float64 parameters): ``exp_avg_grad``
     (s), ``exp_avg`` (m) and ``exp_avg_sq`` (v), 12 bytes for each float32 parameter that this rank
-    owns; 8 where α is 0, which needs no s.
+    owns; 8 where α is 0, which needs no s, or with ``state_dtype="bf16"``.
 
     Args:
         params: parameters, groups of parameters, or named parameters. Groups may set any of the
@@ -66,6 +91,10 @@ class ALTO(Optimizer):
         bias_correction: False uses m and v as they are (Algorithm 1, "ALTO Vanilla").
         trust_clip: lowest and highest trust ratio, as ``min_coeff`` and ``max_coeff`` of
             DeepSpeed's LAMB; None for no bounds.
+        state_dtype: "fp32", or "bf16" to keep s and m in bfloat16, rounded up or down by chance so
+            that the mean is right. v is not rounded: its steps are too small for bfloat16.
+        seed: chooses the random numbers of that rounding. They do not depend on the number of
+            ranks or on how layers are cut.
 
     Raises:
         ValueError: a setting is out of its bounds.
@@ -81,6 +110,8 @@ class ALTO(Optimizer):
         weight_decay: float = 1e-4,
         bias_correction: bool = True,
         trust_clip: Sequence[float] | None = None,
+        state_dtype: str = "fp32",
+        seed: int = 0,
     ) -> None:
         registration.support_in_zero(type(self))
         self._forget_layouts()
@@ -93,6 +124,8 @@ class ALTO(Optimizer):
             "bias_correction": bias_correction,
             "trust_clip": trust_clip,
             "trust_ratio": None,
+            "state_dtype": state_dtype,
+            "seed": seed,
         }
         super().__init__(params, defaults)
 
@@ -159,51 +192,30 @@ class ALTO(Optimizer):
         if not shards or self._only_allocates(shards):
             return loss
 
-        step_sizes, sums = [], []
+        plan = self._plan(shards)
+        passes = []
+        for members in plan.members:
+            group, first = shards[members.indices[0]].group, shards[members.indices[0]].tensor
+            sizes = _step_sizes(group, self.state[first][STEP] + 1)
+            batch = self._batch([shards[i] for i in members.indices], members.fragments)
+            passes.append((kernels.choose(batch), batch, sizes, members.rows))
         for shard in shards:
-            state, tensor = self.state[shard.tensor], shard.tensor
-            state[STEP] += 1
-            sizes = _step_sizes(shard.group, state[STEP])
-            shard_sums = torch.zeros(
-                len(shard.layout.layers), 2, dtype=sums_dtype(tensor.device), device=tensor.device
-            )
-            for fragment in shard.layout.fragments:
-                param, grad, exp_avg, exp_avg_sq = (
-                    _view(x, fragment)
-                    for x in (tensor, shard.grad, state[EXP_AVG], state[EXP_AVG_SQ])
-                )
-                exp_avg_grad = _view(state[EXP_AVG_GRAD], fragment) if sizes.alpha else None
-                kernels.update_states(
-                    param,
-                    grad,
-                    exp_avg_grad,
-                    exp_avg,
-                    exp_avg_sq,
-                    sizes,
-                    shard_sums[fragment.layer],
-                )
-            step_sizes.append(sizes)
-            sums.append(shard_sums)
+            self.state[shard.tensor][STEP] += 1
+            self._last[shard.tensor] = plan
 
-        layers = [layer for shard in shards for layer in shard.layout.layers]
-        all_sums = torch.cat([x.to(sums[0].device) for x in sums])
-        add_over_ranks(all_sums, layers)
-
-        for shard, sizes, shard_sums in zip(
-            shards, step_sizes, all_sums.split([len(x) for x in sums]), strict=True
-        ):
-            state, tensor = self.state[shard.tensor], shard.tensor
-            shard_sums = shard_sums.to(tensor.device)
-            ratios = self._ratios(shard.group, shard_sums)
-            for fragment in shard.layout.fragments:
-                kernels.apply_update(
-                    _view(tensor, fragment),
-                    _view(state[EXP_AVG], fragment),
-                    _view(state[EXP_AVG_SQ], fragment),
-                    sizes,
-                    shard.group["lr"] * ratios[fragment.layer],
-                )
-            self._last[tensor] = (shard.layout, torch.column_stack([ratios, shard_sums.sqrt()]))
+        plan.sums.zero_()
+        for kernel, batch, sizes, rows in passes:
+            sums = plan.sums[rows]
+            on_device = sums.to(batch.params[0].device)
+            kernel.update_states(batch, sizes, on_device)
+            if on_device is not sums:
+                sums.copy_(on_device)
+        add_over_ranks(plan.sums, plan.rows_of)
+        for kernel, batch, sizes, rows in passes:
+            sums = plan.sums[rows].to(batch.params[0].device)
+            ratios = _ratios(sums, sizes)
+            kernel.apply_update(batch, sizes, sizes.lr * ratios)
+            plan.ratios[rows] = ratios
         return loss
 
     @property
@@ -233,10 +245,14 @@ class ALTO(Optimizer):
                 ``param_groups.G.I``, the I-th parameter of group G.
         """
         names = {} if named_parameters is None else {p: name for name, p in named_parameters}
+        tables = {
+            id(plan): torch.column_stack([plan.ratios, plan.sums.sqrt()]).tolist()
+            for plan in self._last.values()
+        }
         return {
-            names.get(layer.param, layer.name): TrustRatio(*row)
-            for layout, table in self._last.values()
-            for layer, row in zip(layout.layers, table.tolist(), strict=True)
+            names.get(layer.param, layer.name): TrustRatio(*tables[id(plan)][row])
+            for tensor, plan in self._last.items()
+            for row, layer in plan.layers_of[tensor]
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -248,7 +264,9 @@ class ALTO(Optimizer):
         for group, loaded in zip(groups, self.param_groups, strict=True):
             group.update(loaded)
         self.param_groups = groups
-        restore_state_dtype(self, state_dict, (EXP_AVG_GRAD, EXP_AVG, EXP_AVG_SQ))
+        dtypes = {EXP_AVG_GRAD: "state_dtype", EXP_AVG: "state_dtype", EXP_AVG_SQ: ""}
+        restore_state_dtype(self, state_dict, dtypes)
+        self._plans.clear()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -263,7 +281,8 @@ class ALTO(Optimizer):
         self._model_params: list[tuple[dict[str, Any], list[Tensor]]] = []
         self._names: dict[Tensor, str] = {}
         self._layouts: dict[Tensor, Layout] = {}
-        self._last: dict[Tensor, tuple[Layout, Tensor]] = {}  # [layers, 3]: TrustRatio
+        self._plans: dict[Tensor, _Plan] = {}  # by the first tensor of the call
+        self._last: dict[Tensor, _Plan] = {}  # that of each tensor's latest step
 
     def _shards(self) -> list[_Shard]:
         """The tensors to update in this call, checked and with their states made."""
@@ -298,13 +317,46 @@ class ALTO(Optimizer):
                 return params
         return list(self._names)
 
+    def _plan(self, shards: Sequence[_Shard]) -> _Plan:
+        """The plan made for such shards before, or a new one."""
+        first_step = self.state[shards[0].tensor][STEP]
+        kinds = [self._kind(shard, first_step) for shard in shards]
+        plan = self._plans.get(shards[0].tensor)
+        if plan is None or plan.kinds != kinds:
+            indices_of: dict[Any, list[int]] = {}
+            for index, (_, *kind) in enumerate(kinds):
+                indices_of.setdefault(tuple(kind), []).append(index)
+            plan = _make_plan(shards, kinds, list(indices_of.values()))
+            self._plans[shards[0].tensor] = plan
+        return plan
+
+    def _kind(self, shard: _Shard, first_step: int) -> tuple[Any, ...]:
+        """The tensor, and what tensors of one batch have in common."""
+        state, tensor = self.state[shard.tensor], shard.tensor
+        return (
+            *(id(tensor), id(shard.group), state[STEP] - first_step),
+            *(tensor.device, tensor.dtype, shard.grad.dtype),
+            *(state[EXP_AVG].dtype, state[EXP_AVG_SQ].dtype),
+        )
+
+    def _batch(self, shards: Sequence[_Shard], fragments: kernels.FragmentTable) -> kernels.Batch:
+        states = [self.state[shard.tensor] for shard in shards]
+        return kernels.Batch(
+            params=[local(shard.tensor) for shard in shards],
+            grads=[shard.grad for shard in shards],
+            exp_avg_grads=[local(s[EXP_AVG_GRAD]) for s in states if shards[0].group["alpha"]],
+            exp_avgs=[local(state[EXP_AVG]) for state in states],
+            exp_avg_sqs=[local(state[EXP_AVG_SQ]) for state in states],
+            fragments=fragments,
+        )
+
     def _make_states(self, shard: _Shard) -> None:
         state = self.state[shard.tensor]
         if not state:
             state[STEP] = 0
             if shard.group["alpha"]:
-                state[EXP_AVG_GRAD] = zeros_for_state(shard.tensor)
-            state[EXP_AVG] = zeros_for_state(shard.tensor)
+                state[EXP_AVG_GRAD] = zeros_for_state(shard.tensor, shard.group["state_dtype"])
+            state[EXP_AVG] = zeros_for_state(shard.tensor, shard.group["state_dtype"])
             state[EXP_AVG_SQ] = zeros_for_state(shard.tensor)
         elif shard.group["alpha"] and EXP_AVG_GRAD not in state:
             raise RuntimeError(
@@ -325,20 +377,32 @@ class ALTO(Optimizer):
         # All ranks that share a layer must decide alike.
         used = [float(shard.grad.any()) for shard in shards]
         nonzero = torch.tensor(used, device=shards[0].grad.device)
-        nonzero = nonzero[:, None].repeat(1, 2)
-        add_over_ranks(nonzero, [shard.layout.layers[0] for shard in shards])
+        add_over_ranks(nonzero, rows_to_add([shard.layout.layers[0] for shard in shards]))
         return not nonzero.any()
 
-    def _ratios(self, group: dict[str, Any], sums: Tensor) -> Tensor:
-        """Trust ratios ``[layers]`` of one tensor's layers from their sums ``[layers, 2]``."""
-        adapt = group["trust_ratio"]
-        if adapt is None:
-            adapt = group["weight_decay"] != 0
-        if not adapt:
-            return torch.ones_like(sums[:, 0])
-        _, eps2, eps3 = _three_eps(group["eps"])
-        clip = group["trust_clip"]
-        return trust_ratios(sums, eps2, eps3, None if clip is None else (clip[0], clip[1]))
+
+def _make_plan(shards: Sequence[_Shard], kinds: list[Any], batches: Sequence[list[int]]) -> _Plan:
+    members = []
+    layers: list[Layer] = []
+    layers_of = {}
+    for indices in batches:
+        first = len(layers)
+        for index in indices:
+            tensor, _, _, layout = shards[index]
+            layers_of[tensor] = list(enumerate(layout.layers, start=len(layers)))
+            layers += layout.layers
+        table = kernels.FragmentTable([shards[index].layout for index in indices])
+        members.append(_Members(indices, slice(first, len(layers)), table))
+    device = shards[batches[0][0]].grad.device
+    sums = torch.zeros(len(layers), 2, dtype=sums_dtype(device), device=device)
+    return _Plan(kinds, members, layers_of, rows_to_add(layers), sums, torch.ones_like(sums[:, 0]))
+
+
+def _ratios(sums: Tensor, sizes: kernels.StepSizes) -> Tensor:
+    """Trust ratios ``[layers]`` from sums ``[layers, 2]``, 1 where layers are not adapted."""
+    if not sizes.adapt:
+        return torch.ones_like(sums[:, 0])
+    return trust_ratios(sums, sizes.eps[1], sizes.eps[2], sizes.trust_clip)
 
 
 def grad_scaler_error(optimizer: str) -> RuntimeError:
@@ -351,54 +415,73 @@ def grad_scaler_error(optimizer: str) -> RuntimeError:
     )
 
 
-def zeros_for_state(tensor: Tensor) -> Tensor:
-    """Zeros of the shape of ``tensor`` for an optimizer state: float32 at least."""
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
+def zeros_for_state(tensor: Tensor, state_dtype: str = "fp32") -> Tensor:
+    """Zeros of the shape of ``tensor`` for an optimizer state, of at least float32 if "fp32"."""
+    dtype = _state_dtype(tensor, state_dtype)
     return torch.zeros_like(tensor, dtype=dtype, memory_format=torch.preserve_format)
 
 
+def _state_dtype(param: Tensor, state_dtype: str) -> torch.dtype:
+    if state_dtype == "bf16":
+        return torch.bfloat16
+    return torch.promote_types(param.dtype, torch.float32)
+
+
 def restore_state_dtype(
-    optimizer: Optimizer, state_dict: Mapping[str, Any], keys: Iterable[str]
+    optimizer: Optimizer, state_dict: Mapping[str, Any], dtypes: Mapping[str, str]
 ) -> None:
-    """Load the states ``keys`` again, uncast, for parameters of less precision than float32.
+    """Load states again where ``Optimizer.load_state_dict`` has cast them to a wrong dtype.
 
-    ``Optimizer.load_state_dict`` casts floating-point states to the parameter's dtype.
+    It casts floating-point states to the parameter's dtype.
+
+    Args:
+        optimizer: what ``state_dict`` has been loaded into.
+        state_dict: as ``optimizer.state_dict()`` returned it.
+        dtypes: the states to see to, each with the key of its "fp32" or "bf16" in the parameter
+            groups, or "" for those that are always float32.
     """
-    saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    for saved_id, param in zip(saved_ids, params, strict=True):
-        dtype = torch.promote_types(param.dtype, torch.float32)
-        if dtype != param.dtype:
+    saved_groups = state_dict["param_groups"]
+    for saved_group, group in zip(saved_groups, optimizer.param_groups, strict=True):
+        for saved_id, param in zip(saved_group["params"], group["params"], strict=True):
             saved = state_dict["state"].get(saved_id, {})
-            for key in saved.keys() & keys:
-                optimizer.state[param][key] = saved[key].to(param.device, dtype, copy=True)
-
-
-def _view(tensor: Tensor, fragment: Fragment) -> Tensor:
-    """The fragment's elements in ``tensor``, which is flat unless the fragment is all of it."""
-    tensor = local(tensor)
-    if fragment.length == tensor.numel():
-        return tensor
-    return tensor[fragment.offset : fragment.offset + fragment.length]
+            for key in saved.keys() & dtypes.keys():
+                dtype = _state_dtype(param, group[dtypes[key]] if dtypes[key] else "fp32")
+                if dtype != param.dtype:
+                    optimizer.state[param][key] = saved[key].to(param.device, dtype, copy=True)
 
 
 def _three_eps(eps: float | Sequence[float]) -> tuple[float, float, float]:
-    return (eps, 0.0, 0.0) if isinstance(eps, (int, float)) else (eps[0], eps[1], eps[2])
+    eps1, eps2, eps3 = (eps, 0.0, 0.0) if isinstance(eps, (int, float)) else eps
+    return float(eps1), float(eps2), float(eps3)
 
 
 def _step_sizes(group: dict[str, Any], step: int) -> kernels.StepSizes:
-    beta1, beta2, beta3 = group["betas"]
+    beta1, beta2, beta3 = map(float, group["betas"])
     correct = group["bias_correction"]
+    adapt, clip = group["trust_ratio"], group["trust_clip"]
     return kernels.StepSizes(
-        alpha=group["alpha"],
+        alpha=float(group["alpha"]),
         beta1=beta1,
         beta2=beta2,
         beta3=beta3,
         correction2=1 - beta2**step if correct else 1.0,
         correction3=1 - beta3**step if correct else 1.0,
-        eps=_three_eps(group["eps"])[0],
-        weight_decay=group["weight_decay"],
+        eps=_three_eps(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
+        lr=group["lr"],
+        adapt=group["weight_decay"] != 0 if adapt is None else adapt,
+        trust_clip=None if clip is None else (float(clip[0]), float(clip[1])),
+        noise_key=_noise_key(group["seed"], step),
     )
+
+
+def _noise_key(seed: int, step: int) -> int:
+    """32 random bits for each step, by the mixing function of SplitMix64."""
+    bits = 2**64 - 1
+    x = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03) & bits
+    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & bits
+    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & bits
+    return x >> 32
 
 
 def check_alpha(alpha: float, beta: float, beta_name: str) -> None:
@@ -448,6 +531,12 @@ def _check_settings(group: Mapping[str, Any]) -> None:
             f"trust_clip={clip!r} must be (low, high) with 0 <= low <= high, such as (0.01, 10), "
             "or None."
         )
+    if group["state_dtype"] not in ("fp32", "bf16"):
+        raise ValueError(
+            f'state_dtype={group["state_dtype"]!r} must be "fp32", or "bf16" for less memory.'
+        )
+    if not isinstance(group["seed"], int):
+        raise ValueError(f"seed={group['seed']!r} must be a whole number.")
     if group["trust_ratio"] not in (None, True, False):
         raise ValueError(
             f"trust_ratio={group['trust_ratio']!r} must be true, false, or absent to adapt where "

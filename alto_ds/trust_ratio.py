@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,24 +31,34 @@ def sums_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def add_over_ranks(sums: torch.Tensor, layers: Sequence[Layer]) -> None:
-    """Add each layer's sums over the ranks that share it: one all-reduce per process group.
-
-    Every rank of every group in ``layers`` must call this together, with the same layers in the
-    same order. Layers without a group take no part.
-
-    Args:
-        sums: ``[len(layers), 2]``, Σθ² and Σr² of this rank's fragments; changed in place.
-        layers: the layer that each row belongs to.
-    """
+def rows_to_add(layers: Sequence[Layer]) -> dict[ProcessGroup, torch.Tensor]:
+    """The rows of those layers that the ranks of each process group share, int64."""
     rows_of: dict[ProcessGroup, list[int]] = {}
     for row, layer in enumerate(layers):
         for group in layer.groups:
             rows_of.setdefault(group, []).append(row)
+    return {group: torch.tensor(rows) for group, rows in rows_of.items()}
+
+
+def add_over_ranks(sums: torch.Tensor, rows_of: Mapping[ProcessGroup, torch.Tensor]) -> None:
+    """Add each layer's sums over the ranks that share it: one all-reduce per process group.
+
+    Every rank of every group must call this together, with the same layers in the same order.
+    Layers without a group take no part.
+
+    Args:
+        sums: ``[layers, ...]``, such as Σθ² and Σr² of this rank's fragments; changed in place.
+        rows_of: from :func:`rows_to_add`.
+    """
     for group, rows in rows_of.items():
-        part = sums[rows].to(_collective_device(group, sums.device))
-        dist.all_reduce(part, group=group)
-        sums[rows] = part.to(sums.device)
+        device = _collective_device(group, sums.device)
+        if len(rows) == len(sums) and device == sums.device:
+            dist.all_reduce(sums, group=group)
+        else:
+            rows = rows.to(sums.device)
+            part = sums[rows].to(device)
+            dist.all_reduce(part, group=group)
+            sums[rows] = part.to(sums.device)
 
 
 def _collective_device(group: ProcessGroup, device: torch.device) -> torch.device:

@@ -4,99 +4,114 @@ Equations are those of Algorithm 2 in arXiv 2510.27153 with one change of variab
 keeps ``a_k = β1 a_{k-1} + (1-β1)(g_k − g_{k-1})`` and the previous gradient. With the plain moving
 average of the gradient, ``s_k = s_{k-1} + a_k``, it holds that ``a_k = (1-β1)(g_k − s_{k-1})``, so
 ``s`` replaces both.
+
+Every operation below is rounded by itself. Kernels that do the same operations in the same order,
+none of them fused, give the same states and updates bitwise; only the order of the sums is theirs.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from alto_ds.kernels.types import Batch, StepSizes
 
-class StepSizes(NamedTuple):
-    """The scalars of one step, the same for all elements of a tensor.
+_32_BITS = 0xFFFFFFFF
 
-    Attributes:
-        alpha: α, weight of the exploration average; 0 is LAMB.
-        beta1: β1, decay of ``exp_avg_grad``.
-        beta2: β2, decay of ``exp_avg``.
-        beta3: β3, decay of ``exp_avg_sq``.
-        correction2: ``1 − β2^k`` with k the number of this step, counted from 1; 1 without
-            bias correction.
-        correction3: ``1 − β3^k``, likewise.
-        eps: ε1, added to the square root.
-        weight_decay: λ.
+
+def update_states(batch: Batch, sizes: StepSizes, sums: Tensor) -> None:
+    """Pass 1; see :class:`alto_ds.kernels.types.Kernel`."""
+    for tensor, offset, length, start, layer, _ in batch.fragments.rows.tolist():
+        _advance(batch, tensor, slice(offset, offset + length), start, sizes)
+        param, exp_avg, exp_avg_sq = _views(batch, tensor, slice(offset, offset + length))
+        sums[layer] += torch.stack(
+            [
+                _sum_of_squares(param, sums.dtype),
+                _sum_of_squares(_update(param, exp_avg, exp_avg_sq, sizes), sums.dtype),
+            ]
+        )
+
+
+def apply_update(batch: Batch, sizes: StepSizes, step_sizes: Tensor) -> None:
+    """Pass 2; see :class:`alto_ds.kernels.types.Kernel`."""
+    for tensor, offset, length, _, layer, _ in batch.fragments.rows.tolist():
+        part = slice(offset, offset + length)
+        update = _update(*_views(batch, tensor, part), sizes)
+        _part(batch.params[tensor], part).sub_(update.mul_(step_sizes[layer]))
+
+
+def _advance(batch: Batch, tensor: int, part: slice, start: int, sizes: StepSizes) -> None:
+    exp_avg_sq = _part(batch.exp_avg_sqs[tensor], part)
+    dtype = exp_avg_sq.dtype
+    grad = _part(batch.grads[tensor], part).to(dtype)
+    exp_avg_grad = None
+    if sizes.alpha:
+        exp_avg_grad = _part(batch.exp_avg_grads[tensor], part).to(dtype, copy=True)
+        difference = grad - exp_avg_grad
+        exp_avg_grad += difference * (1 - sizes.beta1)
+        grad = grad + difference * (sizes.alpha * (1 - sizes.beta1))
+    exp_avg = _part(batch.exp_avgs[tensor], part).to(dtype, copy=True)
+    exp_avg += (grad - exp_avg) * (1 - sizes.beta2)
+    exp_avg_sq.mul_(sizes.beta3).add_((grad * grad).mul_(1 - sizes.beta3))
+
+    if batch.exp_avgs[tensor].dtype == torch.bfloat16:
+        exp_avg_grad, exp_avg = round_by_chance(exp_avg_grad, exp_avg, start, sizes.noise_key)
+    if exp_avg_grad is not None:
+        _part(batch.exp_avg_grads[tensor], part).copy_(exp_avg_grad)
+    _part(batch.exp_avgs[tensor], part).copy_(exp_avg)
+
+
+def round_by_chance(
+    exp_avg_grad: Tensor | None, exp_avg: Tensor, start: int, key: int
+) -> tuple[Tensor | None, Tensor]:
+    """Round float32 states to what bfloat16 holds, up or down by chance, right in the mean.
+
+    To the bits of a number a random one of sixteen bits is added before the lower sixteen are cut
+    off. The random number is a hash of the element's place in its layer, of the values themselves
+    and of ``key``, so that it does not depend on how layers are cut or on which rank holds them.
+
+    Args:
+        exp_avg_grad: s, or None where α is 0.
+        exp_avg: m.
+        start: place of the first element in the flattened layer.
+        key: 32 random bits, new in every step.
+
+    Returns:
+        s and m, float32.
     """
-
-    alpha: float
-    beta1: float
-    beta2: float
-    beta3: float
-    correction2: float
-    correction3: float
-    eps: float
-    weight_decay: float
+    m_bits = exp_avg.view(torch.int32).to(torch.int64) & _32_BITS
+    s_bits = torch.zeros_like(m_bits)
+    if exp_avg_grad is not None:
+        s_bits = exp_avg_grad.view(torch.int32).to(torch.int64) & _32_BITS
+    place = torch.arange(start, start + exp_avg.numel(), device=exp_avg.device) & _32_BITS
+    x = (place * 0x9E3779B9 + key).reshape(exp_avg.shape)
+    x = (x ^ s_bits ^ (m_bits << 15)) & _32_BITS
+    x = (x * 0x7FEB352D) & _32_BITS
+    x ^= x >> 16
+    m = ((m_bits + (x & 0xFFFF)) & 0xFFFF0000).to(torch.int32).view(torch.float32)
+    if exp_avg_grad is None:
+        return None, m
+    return ((s_bits + (x >> 16)) & 0xFFFF0000).to(torch.int32).view(torch.float32), m
 
 
 def _update(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, sizes: StepSizes) -> Tensor:
     """Return ``r = m̂ / (√v̂ + ε1) + λθ``."""
-    denominator = (exp_avg_sq / sizes.correction3).sqrt_().add_(sizes.eps)
-    update = (exp_avg / sizes.correction2).div_(denominator)
-    return update.add_(param, alpha=sizes.weight_decay) if sizes.weight_decay else update
+    denominator = (exp_avg_sq * (1 / sizes.correction3)).sqrt_().add_(sizes.eps[0])
+    update = (exp_avg * (1 / sizes.correction2)).div_(denominator)
+    return update.add_(param * sizes.weight_decay)
 
 
-def update_states(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg_grad: Tensor | None,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    sizes: StepSizes,
-    sums: Tensor,
-) -> None:
-    """Pass 1: advance the states, then add this fragment's Σθ² and Σr² to ``sums``.
-
-    Args:
-        param: θ, any floating dtype; read only.
-        grad: g, of the shape of ``param``; read only.
-        exp_avg_grad: s, changed in place; None where α is 0, which needs no s.
-        exp_avg: m, changed in place.
-        exp_avg_sq: v, changed in place.
-        sizes: the scalars of this step.
-        sums: ``[2]``, changed in place.
-
-    The states have the shape of ``param``; the arithmetic is done in their dtype.
-    """
-    param, grad = param.to(exp_avg.dtype), grad.to(exp_avg.dtype)
-    if exp_avg_grad is not None:
-        difference = grad - exp_avg_grad
-        exp_avg_grad.add_(difference, alpha=1 - sizes.beta1)
-        grad = difference.mul_(sizes.alpha * (1 - sizes.beta1)).add_(grad)
-    exp_avg.lerp_(grad, 1 - sizes.beta2)
-    exp_avg_sq.mul_(sizes.beta3).addcmul_(grad, grad, value=1 - sizes.beta3)
-    sums += torch.stack(
-        [
-            _sum_of_squares(param, sums.dtype),
-            _sum_of_squares(_update(param, exp_avg, exp_avg_sq, sizes), sums.dtype),
-        ]
-    )
+def _views(batch: Batch, tensor: int, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """θ, m and v in the dtype of the arithmetic."""
+    exp_avg_sq = _part(batch.exp_avg_sqs[tensor], part)
+    dtype = exp_avg_sq.dtype
+    param, exp_avg = (_part(x[tensor], part).to(dtype) for x in (batch.params, batch.exp_avgs))
+    return param, exp_avg, exp_avg_sq
 
 
-def apply_update(
-    param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, sizes: StepSizes, step_size: Tensor
-) -> None:
-    """Pass 2: ``θ ← θ − step_size · r``, with r computed again from θ and the states.
-
-    Args:
-        param: θ, changed in place.
-        exp_avg: m after pass 1.
-        exp_avg_sq: v after pass 1.
-        sizes: the scalars of pass 1.
-        step_size: scalar tensor, learning rate times the layer's trust ratio.
-    """
-    update = _update(param.to(exp_avg.dtype), exp_avg, exp_avg_sq, sizes)
-    param.sub_(update.mul_(step_size))
+def _part(tensor: Tensor, part: slice) -> Tensor:
+    """The elements ``part`` of a tensor, which is flat unless they are all of it."""
+    return tensor if part == slice(0, tensor.numel()) else tensor[part]
 
 
 def _sum_of_squares(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ imported here, for that takes longer than all of alto_ds: whoever made a DTensor
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -31,6 +32,20 @@ def groups_of(param: torch.Tensor) -> tuple[ProcessGroup, ...]:
         if not placement.is_replicate()
     ]
     return tuple(group for group in groups if dist.get_world_size(group) > 1)
+
+
+def start_of(param: Any) -> int:
+    """Where this rank's part begins in the flattened parameter, if it is one range of it.
+
+    0 for parts that are no range, cut along an inner dimension.
+    """
+    if not hasattr(param, "device_mesh"):
+        return 0
+    utils: Any = sys.modules["torch.distributed.tensor"]._utils
+    _, offset = utils.compute_local_shape_and_global_offset(
+        param.shape, param.device_mesh, param.placements
+    )
+    return 0 if any(offset[1:]) else offset[0] * param.shape[1:].numel() if offset else 0
 
 
 def local(tensor: Any) -> torch.Tensor:

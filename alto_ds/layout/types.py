@@ -36,12 +36,14 @@ class Fragment:
         start: first element of the range, counted in the flattened layer.
         length: number of elements.
         offset: where the range begins, counted in the flattened tensor.
+        whole: the range is the whole layer; no other rank has a part of it.
     """
 
     layer: int
     start: int
     length: int
     offset: int
+    whole: bool = False
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,11 @@ def _layout(tensor: torch.Tensor, param: torch.Tensor, name: str) -> Layout:
     # By the tensor, for Hugging Face Accelerate puts DTensors in place of plain parameters.
     groups = (*dtensor.groups_of(tensor), *tensor_parallel.groups_of(param, name))
     length = dtensor.local(tensor).numel()
+    fragment = Fragment(
+        layer=0, start=dtensor.start_of(tensor), length=length, offset=0, whole=not groups
+    )
     return Layout(
         layers=(Layer(param, name, groups),),
-        fragments=(Fragment(layer=0, start=0, length=length, offset=0),) if length else (),
+        fragments=(fragment,) if length else (),
         master_copy=tensor is not param,
     )

@@ -85,6 +85,11 @@ def _layer(param: torch.Tensor, group: ProcessGroup, names: Names) -> Layer:
     return Layer(param, names[param], (*shared, *tensor_parallel.groups_of(param, names[param])))
 
 
+def _is_whole(layer: Layer, group: ProcessGroup) -> bool:
+    """Whether the model's parameter is the whole layer: no group but ZeRO's own shares it."""
+    return set(layer.groups) <= {group}
+
+
 def _slice(flat: torch.Tensor, params: Sequence[Any], names: Names) -> Layout:
     """ZeRO-1, ZeRO-2, BF16_Optimizer: this rank's slice of the group's flat buffer.
 
@@ -103,14 +108,16 @@ def _slice(flat: torch.Tensor, params: Sequence[Any], names: Names) -> Layout:
             f"flat buffer, of which each rank has {flat.numel()} elements, and they are not: were "
             "they moved or reloaded after deepspeed.initialize()? Take a step before doing that."
         )
+    layers = tuple(_layer(param, group, names) for param in params)
     fragments = []
     for index, param in enumerate(params):
         layer_begin = param.storage_offset() - buffer_begin
         low = max(layer_begin, begin)
         high = min(layer_begin + param.numel(), end)
         if low < high:
-            fragments.append(Fragment(index, low - layer_begin, high - low, low - begin))
-    return Layout(tuple(_layer(param, group, names) for param in params), tuple(fragments))
+            whole = high - low == param.numel() and _is_whole(layers[index], group)
+            fragments.append(Fragment(index, low - layer_begin, high - low, low - begin, whole))
+    return Layout(layers, tuple(fragments))
 
 
 def _parts(flat: torch.Tensor, zero3: Any, names: Names) -> Layout:
@@ -126,6 +133,7 @@ def _parts(flat: torch.Tensor, zero3: Any, names: Names) -> Layout:
             "in the parameter group."
         )
     _check_swapping(zero3, params, names)
+    layers = tuple(_layer(param, param.ds_process_group, names) for param in params)
     fragments = []
     offset = 0
     for index, param in enumerate(params):
@@ -133,7 +141,7 @@ def _parts(flat: torch.Tensor, zero3: Any, names: Names) -> Layout:
         start = dist.get_rank(param.ds_process_group) * part
         length = min(max(param.ds_numel - start, 0), part)
         if length > 0:
-            fragments.append(Fragment(index, start, length, offset))
+            whole = length == param.ds_numel and _is_whole(layers[index], param.ds_process_group)
+            fragments.append(Fragment(index, start, length, offset, whole))
         offset += part
-    layers = tuple(_layer(param, param.ds_process_group, names) for param in params)
     return Layout(layers, tuple(fragments))

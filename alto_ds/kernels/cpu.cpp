@@ -1,0 +1,362 @@
+// The two passes of reference.py for CPUs. No header of PyTorch is needed: cpu.py calls this by
+// ctypes. Each arithmetic operation is rounded by itself, as PyTorch's are (-ffp-contract=off), so
+// that states and updates equal the reference's bitwise; the order of the sums differs.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include <omp.h>
+
+// The four below mirror cpu.py.
+
+struct Tensors {  // addresses of one tensor's first elements
+    int64_t param, grad, exp_avg_grad, exp_avg, exp_avg_sq;
+};
+
+struct Fragment {
+    int64_t tensor;  // index into the Tensors
+    int64_t offset;  // first element in the tensor
+    int64_t length;
+    int64_t start;  // first element in the layer
+    int64_t layer;  // row of the sums
+    int64_t whole;  // 1 where no other rank has a part of the layer
+};
+
+struct Scalars {
+    double correction;  // α (1−β1)
+    double rate1, rate2, beta3, rate3;  // 1−β1, 1−β2, β3, 1−β3
+    double scale2, scale3;  // 1 / (1−β2^k), 1 / (1−β3^k)
+    double eps, weight_decay;
+    double lr, adapt, eps2, eps3, clip_low, clip_high;
+    int64_t key;  // of the stochastic rounding
+};
+
+enum Types : int64_t { FLOAT, FLOAT_BF16_STATES, BF16, BF16_BF16_STATES, DOUBLE };
+
+namespace {
+
+// Elements that a thread takes at a time. Their places in the layer, and so the sums, do not depend
+// on the number of threads.
+constexpr int64_t BLOCK = 4096;
+
+// Small fragments are taken together up to this many elements, which all threads share.
+constexpr int64_t BATCH = 1 << 17;
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+inline float float_of(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// What is narrower than the arithmetic passes through buffers of this many elements, which stay in
+// the first cache. Loops over one width each are vectorised well; mixed ones are not.
+constexpr int64_t CHUNK = 512;
+
+// A chunk of memory as T: the memory itself where that is its type, else a copy.
+template <class T>
+struct Window {
+    alignas(64) T buffer[CHUNK];
+
+    T* open(T* memory, int64_t) { return memory; }
+    const T* open(const T* memory, int64_t) { return memory; }
+    T* open(const bf16* memory, int64_t n) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) buffer[i] = float_of(uint32_t(memory[i].bits) << 16);
+        return buffer;
+    }
+
+    // Writes back what was rounded before.
+    void close(T*, int64_t) {}
+    void close(bf16* memory, int64_t n) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) memory[i].bits = uint16_t(bits_of(buffer[i]) >> 16);
+    }
+};
+
+// Rounds x to nearest, to what bf16 can hold.
+inline void round_to_nearest(float* x, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t bits = bits_of(x[i]);
+        const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+        const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+        x[i] = float_of(is_nan ? 0x7fc00000u : rounded);
+    }
+}
+
+// Rounds s and m up or down by chance, to what bf16 can hold; see round_by_chance in reference.py.
+template <bool CORRECT>
+void round_by_chance(float* __restrict__ s, float* __restrict__ m, int64_t n, uint32_t start,
+                     uint32_t key) {
+#pragma omp simd
+    for (int32_t i = 0; i < int32_t(n); ++i) {
+        const uint32_t s_bits = CORRECT ? bits_of(s[i]) : 0, m_bits = bits_of(m[i]);
+        uint32_t x = (start + uint32_t(i)) * 0x9e3779b9u + key;
+        x = (x ^ s_bits ^ (m_bits << 15)) * 0x7feb352du;
+        x ^= x >> 16;
+        if (CORRECT) s[i] = float_of((s_bits + (x >> 16)) & 0xffff0000u);
+        m[i] = float_of((m_bits + (x & 0xffffu)) & 0xffff0000u);
+    }
+}
+
+// The scalars in the type of the arithmetic. Passed by value, for else the compiler must suppose
+// that storing a state changes them, and does not vectorise.
+template <class T>
+struct Constants {
+    T correction, rate1, rate2, beta3, rate3, scale2, scale3, eps, weight_decay;
+    uint32_t key;
+    explicit Constants(const Scalars& s)
+        : correction(T(s.correction)), rate1(T(s.rate1)), rate2(T(s.rate2)), beta3(T(s.beta3)),
+          rate3(T(s.rate3)), scale2(T(s.scale2)), scale3(T(s.scale3)), eps(T(s.eps)),
+          weight_decay(T(s.weight_decay)), key(uint32_t(s.key)) {}
+};
+
+template <bool CORRECT, class T>
+void advance(const T* __restrict__ grad, T* __restrict__ exp_avg_grad, T* __restrict__ exp_avg,
+             T* __restrict__ exp_avg_sq, int64_t n, const Constants<T> c) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        T g = grad[i];
+        if constexpr (CORRECT) {
+            const T difference = g - exp_avg_grad[i];
+            exp_avg_grad[i] = exp_avg_grad[i] + difference * c.rate1;
+            g = g + difference * c.correction;
+        }
+        exp_avg[i] = exp_avg[i] + (g - exp_avg[i]) * c.rate2;
+        exp_avg_sq[i] = exp_avg_sq[i] * c.beta3 + g * g * c.rate3;
+    }
+}
+
+// r = m̂ / (√v̂ + ε1) + λθ
+template <class T>
+inline T update(T param, T exp_avg, T exp_avg_sq, const Constants<T>& c) {
+    const T denominator = std::sqrt(exp_avg_sq * c.scale3) + c.eps;
+    return exp_avg * c.scale2 / denominator + param * c.weight_decay;
+}
+
+struct Sums {
+    double weight = 0, update = 0;
+};
+
+template <class T>
+void add_squares(const T* __restrict__ param, const T* __restrict__ exp_avg,
+                 const T* __restrict__ exp_avg_sq, int64_t n, const Constants<T> c, Sums& sums) {
+    double weight = 0, change = 0;
+#pragma omp simd reduction(+ : weight, change)
+    for (int64_t i = 0; i < n; ++i) {
+        const T p = param[i], r = update(p, exp_avg[i], exp_avg_sq[i], c);
+        weight += double(p) * double(p);
+        change += double(r) * double(r);
+    }
+    sums.weight += weight;
+    sums.update += change;
+}
+
+template <class T>
+void subtract_update(T* __restrict__ param, const T* __restrict__ exp_avg,
+                     const T* __restrict__ exp_avg_sq, int64_t n, const Constants<T> c,
+                     const T step_size) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i)
+        param[i] = param[i] - update(param[i], exp_avg[i], exp_avg_sq[i], c) * step_size;
+}
+
+// P is the type of parameter and gradient, S that of s and m, T that of v and of the arithmetic.
+template <class P, class S, class T>
+struct Block {
+    P* param;
+    const P* grad;
+    S* exp_avg_grad;  // null where α is 0
+    S* exp_avg;
+    T* exp_avg_sq;
+    int64_t length;
+    uint32_t start;  // in the layer, modulo 2^32
+
+    Block(const Tensors& t, const Fragment& f, int64_t begin)
+        : length(std::min(BLOCK, f.length - begin)), start(uint32_t(f.start + begin)) {
+        const int64_t at = f.offset + begin;
+        param = reinterpret_cast<P*>(t.param) + at;
+        grad = reinterpret_cast<const P*>(t.grad) + at;
+        exp_avg_grad = t.exp_avg_grad ? reinterpret_cast<S*>(t.exp_avg_grad) + at : nullptr;
+        exp_avg = reinterpret_cast<S*>(t.exp_avg) + at;
+        exp_avg_sq = reinterpret_cast<T*>(t.exp_avg_sq) + at;
+    }
+
+    template <bool CORRECT>
+    Sums update_states(const Constants<T>& c) const {
+        Window<T> params, grads, averages_of_grad, averages;
+        Sums sums;
+        for (int64_t i = 0; i < length; i += CHUNK) {
+            const int64_t n = std::min(CHUNK, length - i);
+            const T* const p = params.open(param + i, n);
+            const T* const g = grads.open(grad + i, n);
+            T* const s = CORRECT ? averages_of_grad.open(exp_avg_grad + i, n) : nullptr;
+            T* const m = averages.open(exp_avg + i, n);
+            advance<CORRECT>(g, s, m, exp_avg_sq + i, n, c);
+            if constexpr (std::is_same_v<S, bf16>)
+                round_by_chance<CORRECT>(s, m, n, start + uint32_t(i), c.key);
+            if constexpr (CORRECT) averages_of_grad.close(exp_avg_grad + i, n);
+            averages.close(exp_avg + i, n);
+            add_squares(p, m, exp_avg_sq + i, n, c, sums);
+        }
+        return sums;
+    }
+
+    void apply_update(const Constants<T>& c, const T step_size) const {
+        Window<T> params, averages;
+        for (int64_t i = 0; i < length; i += CHUNK) {
+            const int64_t n = std::min(CHUNK, length - i);
+            T* const p = params.open(param + i, n);
+            subtract_update(p, averages.open(exp_avg + i, n), exp_avg_sq + i, n, c, step_size);
+            if constexpr (std::is_same_v<P, bf16>) round_to_nearest(p, n);
+            params.close(param + i, n);
+        }
+    }
+};
+
+// trust_ratio.py's trust_ratios()
+double trust_ratio(const Sums& sums, const Scalars& s) {
+    if (!s.adapt) return 1;
+    const double phi = std::sqrt(sums.weight) + s.eps3;
+    const double update_norm = std::sqrt(sums.update);
+    const bool positive = sums.weight > 0 && sums.update > 0;
+    const double ratio = positive ? phi / (update_norm + s.eps2 * phi) : 1;
+    return std::min(std::max(ratio, s.clip_low), s.clip_high);
+}
+
+int64_t blocks_of(const Fragment& f) { return (f.length + BLOCK - 1) / BLOCK; }
+
+// Calls `work(fragment, begin, block)` for this thread's share of all blocks of the fragments;
+// each thread gets the same share again, backwards, when it shall find in its cache what it left.
+template <class F>
+void for_my_blocks(const Fragment* first, const Fragment* last, bool backwards, const F& work) {
+    int64_t blocks = 0;
+    for (const Fragment* f = first; f != last; ++f) blocks += blocks_of(*f);
+    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    const int64_t low = blocks * thread / threads, high = blocks * (thread + 1) / threads;
+    int64_t before = backwards ? blocks : 0;
+    for (int64_t k = 0; k < last - first; ++k) {
+        const Fragment& f = backwards ? *(last - 1 - k) : first[k];
+        const int64_t n = blocks_of(f);
+        if (backwards) before -= n;
+        const int64_t begin = std::max(low - before, int64_t(0)), end = std::min(high - before, n);
+        for (int64_t j = begin; j < end; ++j) {
+            const int64_t b = backwards ? begin + end - 1 - j : j;
+            work(f, b * BLOCK, before + b);
+        }
+        if (!backwards) before += n;
+    }
+}
+
+// The end of the batch that begins with `first`.
+const Fragment* batch_end(const Fragment* first, const Fragment* last) {
+    int64_t length = 0;
+    const Fragment* f = first;
+    while (f != last && (f == first || length + f->length <= BATCH)) length += (f++)->length;
+    return f;
+}
+
+template <class P, class S, class T>
+void update_states(const Tensors* tensors, const Fragment* first, const Fragment* last,
+                   const Scalars& scalars, double* sums, int threads) {
+    const Constants<T> c(scalars);
+    std::vector<Sums> partial;
+    std::vector<double> step_sizes;
+#pragma omp parallel num_threads(threads)
+    while (first != last) {
+        const Fragment* const end = batch_end(first, last);
+#pragma omp single
+        {
+            int64_t blocks = 0;
+            for (const Fragment* f = first; f != end; ++f) blocks += blocks_of(*f);
+            partial.resize(blocks);
+            step_sizes.resize(end - first);
+        }
+        for_my_blocks(first, end, false, [&](const Fragment& f, int64_t begin, int64_t block) {
+            const Block<P, S, T> b(tensors[f.tensor], f, begin);
+            partial[block] = b.exp_avg_grad ? b.template update_states<true>(c) : b.template update_states<false>(c);
+        });
+#pragma omp barrier
+#pragma omp single
+        {
+            const Sums* next = partial.data();
+            for (const Fragment* f = first; f != end; ++f) {
+                Sums total;
+                for (int64_t b = blocks_of(*f); b > 0; --b, ++next) {
+                    total.weight += next->weight;
+                    total.update += next->update;
+                }
+                sums[2 * f->layer] += total.weight;
+                sums[2 * f->layer + 1] += total.update;
+                step_sizes[f - first] = scalars.lr * trust_ratio(total, scalars);
+            }
+        }
+        const Fragment* const begin_of_batch = first;
+        for_my_blocks(first, end, true, [&](const Fragment& f, int64_t begin, int64_t) {
+            if (f.whole)
+                Block<P, S, T>(tensors[f.tensor], f, begin)
+                    .apply_update(c, T(step_sizes[&f - begin_of_batch]));
+        });
+#pragma omp barrier
+#pragma omp single
+        first = end;
+    }
+}
+
+template <class P, class S, class T>
+void apply_update(const Tensors* tensors, const Fragment* first, const Fragment* last,
+                  const Scalars& scalars, const double* step_sizes, int threads) {
+    const Constants<T> c(scalars);
+#pragma omp parallel num_threads(threads)
+    for_my_blocks(first, last, true, [&](const Fragment& f, int64_t begin, int64_t) {
+        if (!f.whole)
+            Block<P, S, T>(tensors[f.tensor], f, begin).apply_update(c, T(step_sizes[f.layer]));
+    });
+}
+
+template <class F>
+void with_types(int64_t types, const F& call) {
+    switch (types) {
+        case FLOAT: return call(float(), float(), float());
+        case FLOAT_BF16_STATES: return call(float(), bf16(), float());
+        case BF16: return call(bf16(), float(), float());
+        case BF16_BF16_STATES: return call(bf16(), bf16(), float());
+        case DOUBLE: return call(double(), double(), double());
+    }
+}
+
+}  // namespace
+
+// Pass 1, and pass 2 at once for fragments that are whole layers. Adds to `sums`, [layers, 2].
+extern "C" void alto_update_states(int64_t types, const Tensors* tensors, const Fragment* fragments,
+                                   int64_t count, const Scalars* scalars, double* sums,
+                                   int64_t threads) {
+    with_types(types, [&](auto p, auto s, auto t) {
+        update_states<decltype(p), decltype(s), decltype(t)>(tensors, fragments, fragments + count,
+                                                             *scalars, sums, int(threads));
+    });
+}
+
+// Pass 2 for the other fragments, with `step_sizes`, [layers].
+extern "C" void alto_apply_update(int64_t types, const Tensors* tensors, const Fragment* fragments,
+                                  int64_t count, const Scalars* scalars, const double* step_sizes,
+                                  int64_t threads) {
+    with_types(types, [&](auto p, auto s, auto t) {
+        apply_update<decltype(p), decltype(s), decltype(t)>(tensors, fragments, fragments + count,
+                                                            *scalars, step_sizes, int(threads));
+    });
+}
