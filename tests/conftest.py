@@ -2,5 +2,11 @@
 
 import os
 
+import torch
+
 # The models are tiny: more threads would only get in each other's way, and in that of the ranks.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Without a GPU, Triton's kernels are interpreted on the CPU. Triton reads this when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -1,6 +1,6 @@
 // The two passes of reference.py for CPUs. No header of PyTorch is needed: cpu.py calls this by
 // ctypes. Each arithmetic operation is rounded by itself, as PyTorch's are (-ffp-contract=off), so
-// that states and updates equal the reference's bitwise; the order of the sums differs.
+// that states equal the reference's bitwise.
 
 #include <algorithm>
 #include <cmath>

@@ -6,7 +6,8 @@ average of the gradient, ``s_k = s_{k-1} + a_k``, it holds that ``a_k = (1-β1)(
 ``s`` replaces both.
 
 Every operation below is rounded by itself. Kernels that do the same operations in the same order,
-none of them fused, give the same states and updates bitwise; only the order of the sums is theirs.
+none of them fused, give the same states bitwise. Weights may differ in the last bits: sums have
+another order, and PyTorch's own square root on CPUs is not always rounded correctly.
 """
 
 from __future__ import annotations

@@ -78,7 +78,8 @@ class FragmentTable:
         rows: ``[fragments, 6]``, int64 on the CPU, the columns named by ``COLUMNS``: index of the
             tensor in the batch, first element in the tensor, number of elements, first element in
             the layer, the layer's row in the sums, and 1 where the fragment is a whole layer.
-        on_device: what a kernel keeps on the device; made by the kernel at its first step.
+        on_device: the same as a kernel wants it on the device; made by the kernel.
+        addresses: where the tensors were at the latest step, and that table on the device.
     """
 
     COLUMNS = ("tensor", "offset", "length", "start", "layer", "whole")
@@ -93,6 +94,7 @@ class FragmentTable:
             first_layer += len(layout.layers)
         self.rows = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), len(self.COLUMNS))
         self.on_device: dict[str, Tensor] = {}
+        self.addresses: tuple[list[list[int]], Tensor] | None = None
 
 
 class Kernel(Protocol):

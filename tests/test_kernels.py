@@ -1,0 +1,241 @@
+"""Every kernel against the reference: states bitwise, weights to the last bits."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from alto_ds import ALTO
+from alto_ds.kernels import Batch, FragmentTable, StepSizes, cpu, reference
+from alto_ds.layout import Fragment, Layout
+from alto_ds.optimizer import _ratios
+
+GPU = torch.cuda.is_available()
+BLOCKS = (2048, 4096)  # elements that one program or thread takes at a time
+
+
+def load_triton() -> Any:
+    pytest.importorskip("triton")
+    return importlib.import_module("alto_ds.kernels.triton")
+
+
+def sizes(**changes: Any) -> StepSizes:
+    step_sizes = StepSizes(
+        alpha=-5.0,
+        beta1=0.99,
+        beta2=0.9,
+        beta3=0.99,
+        correction2=1 - 0.9**3,
+        correction3=1 - 0.99**3,
+        eps=(1e-6, 1e-6, 1e-10),
+        weight_decay=0.01,
+        lr=0.01,
+        adapt=True,
+        trust_clip=None,
+        noise_key=0xDEADBEEF,
+    )
+    return step_sizes._replace(**changes)
+
+
+@st.composite
+def layouts(draw: Any) -> list[Layout]:
+    """Tensors with fragments at any offset, with and without padding between them."""
+    length = st.one_of(
+        st.integers(1, 40), st.sampled_from([n + d for n in BLOCKS for d in (-1, 0, 1)])
+    )
+    found = []
+    for _ in range(draw(st.integers(1, 3))):
+        fragments, end = [], 0
+        for layer in range(draw(st.integers(0, 4))):
+            offset = end + draw(st.integers(0, 9))
+            end = offset + draw(length)
+            start, whole = draw(st.integers(0, 2**33)), draw(st.booleans())
+            fragments.append(Fragment(layer, start, end - offset, offset, whole))
+        found.append(Layout((None,) * len(fragments), tuple(fragments)))  # type: ignore[arg-type]
+    return found
+
+
+def make_batch(
+    found: list[Layout], param: torch.dtype, state: torch.dtype, seed: int, device: str = "cpu"
+) -> Batch:
+    """Random tensors for the layouts; all that lies in no fragment is poison."""
+    generator = torch.Generator().manual_seed(seed)
+    columns: list[list[Tensor]] = [[], [], [], [], []]
+    arithmetic = torch.promote_types(param, torch.float32)
+    for layout in found:
+        size = max((f.offset + f.length for f in layout.fragments), default=0) + 3
+        for column, dtype in zip(columns, (param, param, state, state, arithmetic), strict=True):
+            tensor = torch.full((size,), 1e30 if column is columns[0] else torch.nan)
+            for f in layout.fragments:
+                values = torch.randn(f.length, generator=generator)
+                tensor[f.offset : f.offset + f.length] = values
+            column.append(tensor.to(dtype).to(device))
+        columns[4][-1].abs_()
+    return Batch._make([*columns, FragmentTable(found)])
+
+
+def columns_of(batch: Batch) -> list[Sequence[Tensor]]:
+    return [batch.params, batch.grads, batch.exp_avg_grads, batch.exp_avgs, batch.exp_avg_sqs]
+
+
+def copy_of(batch: Batch) -> Batch:
+    columns = [[x.clone() for x in column] for column in columns_of(batch)]
+    return Batch._make([*columns, batch.fragments])
+
+
+def step(kernel: Any, batch: Batch, scalars: StepSizes) -> Tensor:
+    """Both passes, as the optimizer runs them, on whole layers; returns the sums."""
+    layers = int(batch.fragments.rows[:, 4].max()) + 1 if len(batch.fragments.rows) else 0
+    sums = torch.zeros(layers, 2, dtype=torch.float64, device=batch.params[0].device)
+    kernel.update_states(batch, scalars, sums)
+    kernel.apply_update(batch, scalars, scalars.lr * _ratios(sums, scalars))
+    return sums
+
+
+def bits(tensors: Any) -> list[list[int]]:
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return [x.cpu().view(kinds[x.element_size()]).tolist() for x in tensors]
+
+
+def check_against_reference(kernel: Any, batch: Batch, scalars: StepSizes) -> None:
+    expected, repeated = copy_of(batch), copy_of(batch)
+    expected_sums = step(reference, expected, scalars)
+    sums = step(kernel, batch, scalars)
+    assert torch.allclose(sums, expected_sums, rtol=1e-6, atol=0)
+    for states, right_states in zip(columns_of(batch)[1:], columns_of(expected)[1:], strict=True):
+        assert bits(states) == bits(right_states)
+    for found, right in zip(batch.params, expected.params, strict=True):
+        # PyTorch's square root and the order of the sums move the last bits.
+        rtol = 1e-6 if found.dtype == torch.float32 else 1e-13 if found.dtype.itemsize > 4 else 1e-2
+        assert torch.allclose(found, right, rtol=rtol, atol=rtol, equal_nan=True)
+
+    assert torch.equal(step(kernel, repeated, scalars), sums)
+    for again, first in zip(columns_of(repeated), columns_of(batch), strict=True):
+        assert bits(again) == bits(first)
+
+
+FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
+scalars_drawn = st.builds(
+    sizes,
+    alpha=st.sampled_from([-5.0, 0.5, 0.0]),
+    weight_decay=st.sampled_from([0.0, 0.01]),
+    adapt=st.booleans(),
+    trust_clip=st.sampled_from([None, (0.5, 0.75)]),
+    noise_key=st.integers(0, 2**32 - 1),
+)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("state", [FP32, BF16])
+@pytest.mark.parametrize("param", [FP32, BF16])
+@settings(max_examples=25, deadline=None)
+@given(found=layouts(), scalars=scalars_drawn, seed=st.integers(0, 2**32))
+def test_the_cpu_kernel_gives_the_references_bits(
+    threads: int,
+    param: torch.dtype,
+    state: torch.dtype,
+    found: list[Layout],
+    scalars: StepSizes,
+    seed: int,
+) -> None:
+    batch = make_batch(found, param, state, seed)
+    assert cpu.supports(batch), "no compiler, or ninja is missing"
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check_against_reference(cpu, batch, scalars)
+    finally:
+        torch.set_num_threads(before)
+
+
+@settings(max_examples=25, deadline=None)
+@given(found=layouts(), scalars=scalars_drawn, seed=st.integers(0, 2**32))
+def test_the_cpu_kernel_gives_the_references_bits_in_float64(
+    found: list[Layout], scalars: StepSizes, seed: int
+) -> None:
+    check_against_reference(cpu, make_batch(found, FP64, FP64, seed), scalars)
+
+
+@pytest.mark.parametrize("state", [FP32, BF16])
+@pytest.mark.parametrize("param", [FP32, BF16])
+@settings(max_examples=15, deadline=None)
+@given(found=layouts(), scalars=scalars_drawn, seed=st.integers(0, 2**32))
+def test_the_triton_kernel_gives_the_references_bits(
+    param: torch.dtype, state: torch.dtype, found: list[Layout], scalars: StepSizes, seed: int
+) -> None:
+    kernel = load_triton()
+    batch = make_batch(found, param, state, seed, "cuda" if GPU else "cpu")
+    assert kernel.supports(batch)
+    check_against_reference(kernel, batch, scalars)
+
+
+def test_norms_of_100_million_elements_are_right() -> None:
+    """All of one layer, straight from torch.empty's memory: 2 GB."""
+    torch.manual_seed(1)
+    n = 100_000_001
+    params, grads = torch.randn(n), torch.randn(n)
+    found = [Layout((None,), (Fragment(0, 0, n, 0),))]  # type: ignore[arg-type]
+    batch = Batch([params], [grads], [], [torch.zeros(n)], [torch.zeros(n)], FragmentTable(found))
+    sums = torch.zeros(1, 2, dtype=torch.float64)
+    cpu.update_states(batch, sizes(alpha=0.0), sums)
+    expected = sum(part.double().square().sum() for part in params.split(2**22))
+    assert abs(sums[0, 0].item() / float(expected) - 1) < 1e-12
+
+
+def test_a_state_that_bf16_cannot_hold_is_right_in_the_mean() -> None:
+    """Rounded to nearest, an average would stand still once its steps are below 2^-9 of it."""
+    n, steps = 4096, 2000
+    param = torch.nn.Parameter(torch.ones(n))
+    optimizer = ALTO([param], lr=0.0, betas=(0.999, 0.999, 0.999), alpha=-5.0, state_dtype="bf16")
+    for _ in range(steps):
+        param.grad = torch.ones(n)
+        optimizer.step()
+    found = optimizer.state[param]["exp_avg_grad"].float()
+    expected = 1 - 0.999**steps
+    assert optimizer.state[param]["exp_avg_grad"].dtype == BF16
+    assert abs(found.mean() - expected) < 5e-4
+    assert 1e-3 < found.std() < 2e-2  # elements are rounded independently
+
+
+def test_rounding_is_the_same_however_a_layer_is_cut() -> None:
+    s, m = torch.randn(1000), torch.randn(1000)
+    whole = reference.round_by_chance(s, m, 0, 42)
+    parts = [reference.round_by_chance(s[a:b], m[a:b], a, 42) for a, b in ((0, 333), (333, 1000))]
+    other_key = reference.round_by_chance(s, m, 0, 43)[1]
+    assert not torch.equal(whole[1], other_key)
+    for rounded, first, second, exact in zip(whole, *parts, (s, m), strict=True):
+        assert rounded is not None
+        assert first is not None
+        assert second is not None
+        assert torch.equal(rounded, torch.cat([first, second]))
+        assert torch.equal(rounded.to(BF16).float(), rounded)
+        assert ((rounded - exact).abs() <= exact.abs() * 2**-7).all()
+
+
+def test_without_a_compiler_there_is_one_warning_and_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(**_: Any) -> None:
+        raise RuntimeError("Ninja is required to load C++ extensions")
+
+    monkeypatch.setattr("torch.utils.cpp_extension.load", fail)
+    cpu._library.cache_clear()
+    param = torch.nn.Parameter(torch.ones(3))
+    twin = torch.nn.Parameter(torch.ones(3))
+    param.grad = twin.grad = torch.tensor([1.0, 2.0, 3.0])
+    with pytest.warns(UserWarning, match="could not compile its kernel for CPUs") as warned:
+        ALTO([param]).step()
+    ALTO([param]).step()
+    assert len(warned) == 1
+    monkeypatch.undo()
+    cpu._library.cache_clear()
+    for _ in range(2):
+        ALTO([twin]).step()
+    assert torch.allclose(param, twin, rtol=1e-6)
