@@ -43,6 +43,11 @@ namespace {
 // on the number of threads.
 constexpr int64_t BLOCK = 4096;
 
+// The updates r that pass 1 leaves in memory for pass 2, of all threads together: as many as stay in
+// the cache. Each thread keeps those of its last blocks, with which pass 2 begins; it computes the
+// others again.
+constexpr int64_t KEPT = 1 << 21;
+
 // Small fragments are taken together up to this many elements, which all threads share.
 constexpr int64_t BATCH = 1 << 17;
 
@@ -152,13 +157,16 @@ struct Sums {
     double weight = 0, update = 0;
 };
 
-template <class T>
+// Leaves r in `updates`, too, where KEEP.
+template <bool KEEP, class T>
 void add_squares(const T* __restrict__ param, const T* __restrict__ exp_avg,
-                 const T* __restrict__ exp_avg_sq, int64_t n, const Constants<T> c, Sums& sums) {
+                 const T* __restrict__ exp_avg_sq, T* __restrict__ updates, int64_t n,
+                 const Constants<T> c, Sums& sums) {
     double weight = 0, change = 0;
 #pragma omp simd reduction(+ : weight, change)
     for (int64_t i = 0; i < n; ++i) {
         const T p = param[i], r = update(p, exp_avg[i], exp_avg_sq[i], c);
+        if constexpr (KEEP) updates[i] = r;
         weight += double(p) * double(p);
         change += double(r) * double(r);
     }
@@ -173,6 +181,13 @@ void subtract_update(T* __restrict__ param, const T* __restrict__ exp_avg,
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i)
         param[i] = param[i] - update(param[i], exp_avg[i], exp_avg_sq[i], c) * step_size;
+}
+
+template <class T>
+void subtract_kept(T* __restrict__ param, const T* __restrict__ updates, int64_t n,
+                   const T step_size) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) param[i] = param[i] - updates[i] * step_size;
 }
 
 // P is the type of parameter and gradient, S that of s and m, T that of v and of the arithmetic.
@@ -196,8 +211,13 @@ struct Block {
         exp_avg_sq = reinterpret_cast<T*>(t.exp_avg_sq) + at;
     }
 
+    // Pass 1; leaves r in `updates` unless that is null.
+    Sums update_states(const Constants<T>& c, T* updates) const {
+        return exp_avg_grad ? update_states<true>(c, updates) : update_states<false>(c, updates);
+    }
+
     template <bool CORRECT>
-    Sums update_states(const Constants<T>& c) const {
+    Sums update_states(const Constants<T>& c, T* updates) const {
         Window<T> params, grads, averages_of_grad, averages;
         Sums sums;
         for (int64_t i = 0; i < length; i += CHUNK) {
@@ -211,17 +231,24 @@ struct Block {
                 round_by_chance<CORRECT>(s, m, n, start + uint32_t(i), c.key);
             if constexpr (CORRECT) averages_of_grad.close(exp_avg_grad + i, n);
             averages.close(exp_avg + i, n);
-            add_squares(p, m, exp_avg_sq + i, n, c, sums);
+            if (updates)
+                add_squares<true>(p, m, exp_avg_sq + i, updates + i, n, c, sums);
+            else
+                add_squares<false>(p, m, exp_avg_sq + i, updates, n, c, sums);
         }
         return sums;
     }
 
-    void apply_update(const Constants<T>& c, const T step_size) const {
+    // Pass 2; takes r from `updates` unless that is null.
+    void apply_update(const Constants<T>& c, const T step_size, const T* updates) const {
         Window<T> params, averages;
         for (int64_t i = 0; i < length; i += CHUNK) {
             const int64_t n = std::min(CHUNK, length - i);
             T* const p = params.open(param + i, n);
-            subtract_update(p, averages.open(exp_avg + i, n), exp_avg_sq + i, n, c, step_size);
+            if (updates)
+                subtract_kept(p, updates + i, n, step_size);
+            else
+                subtract_update(p, averages.open(exp_avg + i, n), exp_avg_sq + i, n, c, step_size);
             if constexpr (std::is_same_v<P, bf16>) round_to_nearest(p, n);
             params.close(param + i, n);
         }
@@ -240,8 +267,9 @@ double trust_ratio(const Sums& sums, const Scalars& s) {
 
 int64_t blocks_of(const Fragment& f) { return (f.length + BLOCK - 1) / BLOCK; }
 
-// Calls `work(fragment, begin, block)` for this thread's share of all blocks of the fragments;
-// each thread gets the same share again, backwards, when it shall find in its cache what it left.
+// Calls `work(fragment, begin, block, to_come)` for this thread's share of all blocks of the
+// fragments: `to_come` blocks of it come after this one. A thread gets the same share again,
+// backwards, when it shall find in its cache what it left there.
 template <class F>
 void for_my_blocks(const Fragment* first, const Fragment* last, bool backwards, const F& work) {
     int64_t blocks = 0;
@@ -256,7 +284,7 @@ void for_my_blocks(const Fragment* first, const Fragment* last, bool backwards, 
         const int64_t begin = std::max(low - before, int64_t(0)), end = std::min(high - before, n);
         for (int64_t j = begin; j < end; ++j) {
             const int64_t b = backwards ? begin + end - 1 - j : j;
-            work(f, b * BLOCK, before + b);
+            work(f, b * BLOCK, before + b, high - 1 - before - b);
         }
         if (!backwards) before += n;
     }
@@ -274,27 +302,34 @@ template <class P, class S, class T>
 void update_states(const Tensors* tensors, const Fragment* first, const Fragment* last,
                    const Scalars& scalars, double* sums, int threads) {
     const Constants<T> c(scalars);
-    std::vector<Sums> partial;
-    std::vector<double> step_sizes;
+    static thread_local std::vector<T> kept_memory(KEPT);
+    static thread_local std::vector<Sums> partial_memory;
+    static thread_local std::vector<double> step_size_memory;
+    int64_t blocks = 0;
+    for (const Fragment* f = first; f != last; ++f) blocks += blocks_of(*f);
+    partial_memory.resize(blocks);  // enough for any batch
+    step_size_memory.resize(last - first);
+    T* const kept = kept_memory.data();  // the calling thread's, for all threads
+    Sums* const partial = partial_memory.data();
+    double* const step_sizes = step_size_memory.data();
 #pragma omp parallel num_threads(threads)
     while (first != last) {
+        const Fragment* const begin = first;
         const Fragment* const end = batch_end(first, last);
-#pragma omp single
-        {
-            int64_t blocks = 0;
-            for (const Fragment* f = first; f != end; ++f) blocks += blocks_of(*f);
-            partial.resize(blocks);
-            step_sizes.resize(end - first);
-        }
-        for_my_blocks(first, end, false, [&](const Fragment& f, int64_t begin, int64_t block) {
-            const Block<P, S, T> b(tensors[f.tensor], f, begin);
-            partial[block] = b.exp_avg_grad ? b.template update_states<true>(c) : b.template update_states<false>(c);
+        const int64_t keeps = KEPT / BLOCK / omp_get_num_threads();  // blocks
+        T* const mine = kept + omp_get_thread_num() * keeps * BLOCK;
+        const auto updates_of = [&](const Fragment& f, int64_t to_come) {
+            return f.whole && to_come < keeps ? mine + to_come * BLOCK : nullptr;
+        };
+        for_my_blocks(begin, end, false, [&](auto& f, int64_t at, int64_t block, int64_t to_come) {
+            const Block<P, S, T> b(tensors[f.tensor], f, at);
+            partial[block] = b.update_states(c, updates_of(f, to_come));
         });
 #pragma omp barrier
 #pragma omp single
         {
-            const Sums* next = partial.data();
-            for (const Fragment* f = first; f != end; ++f) {
+            const Sums* next = partial;
+            for (const Fragment* f = begin; f != end; ++f) {
                 Sums total;
                 for (int64_t b = blocks_of(*f); b > 0; --b, ++next) {
                     total.weight += next->weight;
@@ -302,14 +337,13 @@ void update_states(const Tensors* tensors, const Fragment* first, const Fragment
                 }
                 sums[2 * f->layer] += total.weight;
                 sums[2 * f->layer + 1] += total.update;
-                step_sizes[f - first] = scalars.lr * trust_ratio(total, scalars);
+                step_sizes[f - begin] = scalars.lr * trust_ratio(total, scalars);
             }
         }
-        const Fragment* const begin_of_batch = first;
-        for_my_blocks(first, end, true, [&](const Fragment& f, int64_t begin, int64_t) {
-            if (f.whole)
-                Block<P, S, T>(tensors[f.tensor], f, begin)
-                    .apply_update(c, T(step_sizes[&f - begin_of_batch]));
+        for_my_blocks(begin, end, true, [&](auto& f, int64_t at, int64_t, int64_t to_come) {
+            if (!f.whole) return;
+            const Block<P, S, T> b(tensors[f.tensor], f, at);
+            b.apply_update(c, T(step_sizes[&f - begin]), updates_of(f, to_come));
         });
 #pragma omp barrier
 #pragma omp single
@@ -322,9 +356,10 @@ void apply_update(const Tensors* tensors, const Fragment* first, const Fragment*
                   const Scalars& scalars, const double* step_sizes, int threads) {
     const Constants<T> c(scalars);
 #pragma omp parallel num_threads(threads)
-    for_my_blocks(first, last, true, [&](const Fragment& f, int64_t begin, int64_t) {
-        if (!f.whole)
-            Block<P, S, T>(tensors[f.tensor], f, begin).apply_update(c, T(step_sizes[f.layer]));
+    for_my_blocks(first, last, true, [&](auto& f, int64_t at, int64_t, int64_t) {
+        if (f.whole) return;
+        const Block<P, S, T> b(tensors[f.tensor], f, at);
+        b.apply_update(c, T(step_sizes[f.layer]), nullptr);
     });
 }
 

@@ -27,9 +27,10 @@ _TYPES = {
     (_DOUBLE, _DOUBLE, _DOUBLE): 4,
 }
 
-# No -ffast-math: states must come out as the reference's. The two about errno and traps let the
-# compiler vectorise square roots.
-_FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
+# No -ffast-math: states must come out as the reference's. The last two let the compiler vectorise
+# square roots.
+_FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-ffp-contract=off"]
+_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 _FLAGS_OF_CAPABILITY = {
     "AVX2": ["-mavx2"],
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],

@@ -97,6 +97,7 @@ BF16 = {"bf16": {"enabled": True}}
 BF16_ACCUMULATED_IN_BF16 = BF16 | {"data_types": {"grad_accum_dtype": "bf16"}}
 BF16_ACCUMULATED_IN_FP32 = BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8}}
+BF16_STATES = {"state_dtype": "bf16"}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 # The default of DeepSpeed keeps small parameters whole on every rank while training; shards of
 # the optimizer are cut all the same, but 0 exercises the gathering too.
@@ -146,6 +147,19 @@ CASES: dict[str, Case] = {
         zero=ZERO3 | {"zero_hpz_partition_size": 2}, config=BF16, wrapper=STAGE3, worlds=(4,)
     ),
     "zero3-lamb": Case(zero=ZERO3, optimizer={"alpha": 0.0}, wrapper=STAGE3),
+    "zero0-bf16-states": Case(
+        config=BF16, optimizer=BF16_STATES, wrapper="FP16_UnfusedOptimizer", sharded=False
+    ),
+    "zero1-bf16-states": Case(
+        zero={"stage": 1},
+        config=BF16_ACCUMULATED_IN_FP32,
+        optimizer=BF16_STATES,
+        wrapper="BF16_Optimizer",
+    ),
+    "zero2-bf16-states": Case(
+        zero={"stage": 2} | OFFLOAD, config=BF16, optimizer=BF16_STATES, worlds=ALL_WORLDS
+    ),
+    "zero3-bf16-states": Case(zero=ZERO3, optimizer=BF16_STATES, wrapper=STAGE3),
     "overflow-zero0": Case(config=FP16, wrapper="FP16_UnfusedOptimizer", worlds=(2, 3)),
     "overflow-zero1": Case(zero={"stage": 1}, config=FP16, worlds=(2, 3)),
     "overflow-zero2": Case(zero={"stage": 2}, config=FP16, worlds=(2, 3)),
@@ -159,6 +173,20 @@ CASES: dict[str, Case] = {
         worlds=(2,),
     ),
     "resume-zero2": Case(zero={"stage": 2}, config=FP16, worlds=(2,)),
+    "resume-zero0-bf16-states": Case(
+        config=BF16, optimizer=BF16_STATES, wrapper="FP16_UnfusedOptimizer", worlds=(2,)
+    ),
+    "resume-zero1-bf16-states": Case(
+        zero={"stage": 1},
+        config=BF16_ACCUMULATED_IN_FP32,
+        optimizer=BF16_STATES,
+        wrapper="BF16_Optimizer",
+        worlds=(2,),
+    ),
+    "resume-zero2-bf16-states": Case(zero={"stage": 2}, optimizer=BF16_STATES, worlds=(2,)),
+    "resume-zero3-bf16-states": Case(
+        zero=ZERO3, optimizer=BF16_STATES, wrapper=STAGE3, worlds=(2,)
+    ),
     "resume-zero3": Case(zero=ZERO3, config=BF16, wrapper=STAGE3, worlds=(2,)),
     "resume-e-zero2": Case(zero={"stage": 2}, optimizer_type="E", worlds=(2,)),
     "resume-e-adagrad-zero2": Case(

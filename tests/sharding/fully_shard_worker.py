@@ -7,6 +7,7 @@ largest differences of parameters, states and trust ratios as JSON.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -156,6 +157,8 @@ class Case:
     yardstick: Callable[..., Optimizer] = alto_ds.ALTO
 
 
+alto_with_bf16_states = functools.partial(alto_ds.ALTO, state_dtype="bf16")
+
 CASES = {
     "fsdp2": Case(shard=lambda m: shard_blocks(m, mesh=one_dimension())),
     "fsdp2-fp64": Case(shard=lambda m: shard_blocks(m, mesh=one_dimension()), dtype=torch.float64),
@@ -170,6 +173,11 @@ CASES = {
         shard=lambda m: shard_blocks(
             m, mesh=one_dimension(), offload_policy=CPUOffloadPolicy(pin_memory=False)
         )
+    ),
+    "fsdp2-bf16-states": Case(
+        shard=lambda m: shard_blocks(m, mesh=one_dimension()),
+        make=alto_with_bf16_states,
+        yardstick=alto_with_bf16_states,
     ),
     "hsdp": Case(shard=lambda m: shard_blocks(m, mesh=two_dimensions("replicate", "shard"))),
     "tp": Case(shard=lambda m: tensor_parallel(m, init_device_mesh("cpu", (4,))), data_ranks=1),

@@ -138,10 +138,10 @@ def test_one_all_reduce_of_16_bytes_a_layer_for_each_call_of_step(
 
 
 @pytest.mark.parametrize(("world_size", "name"), rows("zero", without=("zero0",)))
-def test_state_is_12_bytes_per_parameter_and_8_for_lamb(world_size: int, name: str) -> None:
+def test_state_is_12_bytes_per_parameter_and_8_for_lamb_or_bf16(world_size: int, name: str) -> None:
     """Shared equally by the ranks: a rank owns 1/ranks of the parameters, but for padding."""
     ranks = measured(world_size, name)
-    expected = 8 if name.endswith("lamb") else 12
+    expected = 8 if name.endswith(("lamb", "bf16-states")) else 12
     assert [rank["state_bytes"] / rank["owned"] for rank in ranks] == [expected] * world_size
     assert len({rank["owned"] for rank in ranks}) == 1
     assert ranks[0]["owned"] * world_size == pytest.approx(ranks[0]["parameters"], rel=0.05)

@@ -1,0 +1,1 @@
+"""What ALTO costs beside what users would otherwise pick: ``python -m tests.benchmarks``."""

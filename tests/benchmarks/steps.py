@@ -1,0 +1,90 @@
+"""Time of one step: ALTO, other optimizers, and copies that move the same bytes."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tests.benchmarks.contenders import (
+    StatePool,
+    arguments,
+    contenders,
+    gpt2_shapes,
+    make_params,
+    ratio,
+    take_turns,
+    write,
+)
+
+# Bytes that must be read and written for each parameter. In pass 2 a layer that is cut is read
+# again: 12 more, or 10 with bf16 states. Adam: 28.
+BYTES = {
+    "ALTO": 36,
+    "ALTO, layers cut": 48,
+    "ALTO, bf16 states": 28,
+    "ALTO, bf16 states, layers cut": 38,
+    "LAMB (ALTO, alpha 0)": 28,
+    "DeepSpeedCPUAdam": 28,
+    "DeepSpeed FusedAdam": 28,
+    "torch AdamW, fused": 28,
+}
+PIECE = 2**26  # elements, 256 MiB
+
+
+def copier(source: torch.Tensor, target: torch.Tensor, total: float) -> Callable[[], None]:
+    """Copies until ``total`` bytes have been read and written."""
+
+    def copy() -> None:
+        elements = int(total) // 8
+        while elements > 0:
+            part = min(elements, PIECE)
+            target[:part].copy_(source[:part])
+            elements -= part
+
+    return copy
+
+
+def main() -> None:
+    options = arguments()
+    device = options.device
+    params = make_params(gpt2_shapes(options.model), device)
+    count = sum(param.numel() for param in params)
+    pool = StatePool()
+    actions: dict[str, Callable[[], Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, make in contenders(device).items():
+        try:
+            optimizer = make(params)
+            optimizer.step()
+        except ImportError as error:
+            rows[name] = {"optimizer": name, "ms": f"not run: {error}"}
+            continue
+        pool.share(optimizer, params)
+        actions[name] = optimizer.step
+    source, target = (torch.ones(PIECE, device=device) for _ in range(2))
+    for size in sorted(set(BYTES.values())):
+        name = f"copy of {size} bytes a parameter"
+        actions[name] = functools.partial(copier(source, target, float(size * count)))
+
+    times = take_turns(actions, options.repeats, device)
+    adam = times["DeepSpeedCPUAdam" if device == "cpu" else "DeepSpeed FusedAdam"]
+    for name, seconds in times.items():
+        rows[name] = {
+            "optimizer": name,
+            "ms": statistics.median(seconds) * 1e3,
+            "of DeepSpeed's Adam": ratio(seconds, adam),
+        }
+        if name in BYTES:
+            floor = times[f"copy of {BYTES[name]} bytes a parameter"]
+            rows[name]["of the copy of its bytes"] = ratio(seconds, floor)
+        if "authors' ALTO" in times:
+            rows[name]["authors' ALTO / it"] = ratio(times["authors' ALTO"], seconds)
+    write(options.report, list(rows.values()))
+
+
+if __name__ == "__main__":
+    main()
