@@ -179,8 +179,8 @@ class ALTO(Optimizer):
             What ``closure`` returned, else None.
 
         Raises:
-            RuntimeError: a gradient is sparse, no layout is known for a tensor, or ZenFlow calls.
-                Raised before anything is changed.
+            RuntimeError: a gradient is sparse, no layout is known for a tensor, the states' dtype
+                fits no offload to NVMe, or ZenFlow calls. Raised before anything is changed.
         """
         if step_id is not None:
             raise registration.zenflow_error("ALTO")
@@ -297,6 +297,12 @@ class ALTO(Optimizer):
                     raise RuntimeError(
                         f"ALTO: the gradient of {layout.layers[0].name} is sparse; make its module "
                         "with sparse=False."
+                    )
+                if layout.fp32_states and group["state_dtype"] != "fp32":
+                    raise RuntimeError(
+                        f'ALTO: "state_dtype": "{group["state_dtype"]}" cannot be used with '
+                        "offload to NVMe, where DeepSpeed keeps all states in float32; write "
+                        '"fp32", or "device": "cpu" under "offload_optimizer".'
                     )
                 shards.append(_Shard(tensor, local_grad(tensor), group, layout))
         for shard in shards:

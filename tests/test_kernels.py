@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -135,7 +139,7 @@ scalars_drawn = st.builds(
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("state", [FP32, BF16])
 @pytest.mark.parametrize("param", [FP32, BF16])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(found=layouts(), scalars=scalars_drawn, seed=st.integers(0, 2**32))
 def test_the_cpu_kernel_gives_the_references_bits(
     threads: int,
@@ -155,7 +159,7 @@ def test_the_cpu_kernel_gives_the_references_bits(
         torch.set_num_threads(before)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(found=layouts(), scalars=scalars_drawn, seed=st.integers(0, 2**32))
 def test_the_cpu_kernel_gives_the_references_bits_in_float64(
     found: list[Layout], scalars: StepSizes, seed: int
@@ -163,9 +167,27 @@ def test_the_cpu_kernel_gives_the_references_bits_in_float64(
     check_against_reference(cpu, make_batch(found, FP64, FP64, seed), scalars)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("state", [FP32, BF16])
+def test_the_cpu_kernel_gives_the_references_bits_for_large_layers(
+    threads: int, state: torch.dtype
+) -> None:
+    """More elements than one batch of the kernel has, and than it keeps between the passes."""
+    lengths, offset, fragments = [100_000, 7, 70_001, 2_300_003, 9, 200_000], 3, []
+    for layer, length in enumerate(lengths):
+        fragments.append(Fragment(layer, 0, length, offset, whole=layer != 4))
+        offset += length + layer
+    layout = Layout((None,) * len(lengths), tuple(fragments))  # type: ignore[arg-type]
+    torch.set_num_threads(threads)
+    try:
+        check_against_reference(cpu, make_batch([layout], FP32, state, 1), sizes())
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("state", [FP32, BF16])
 @pytest.mark.parametrize("param", [FP32, BF16])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(found=layouts(), scalars=scalars_drawn, seed=st.integers(0, 2**32))
 def test_the_triton_kernel_gives_the_references_bits(
     param: torch.dtype, state: torch.dtype, found: list[Layout], scalars: StepSizes, seed: int
@@ -174,6 +196,24 @@ def test_the_triton_kernel_gives_the_references_bits(
     batch = make_batch(found, param, state, seed, "cuda" if GPU else "cpu")
     assert kernel.supports(batch)
     check_against_reference(kernel, batch, scalars)
+
+
+def test_the_triton_kernel_compiles_for_gpus_without_fused_operations() -> None:
+    """Where there is no GPU the kernels are run interpreted only; this compiles them to PTX."""
+    pytest.importorskip("triton")
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.scripts.compile_triton"],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    compiled = json.loads(finished.stdout)
+    assert len(compiled) == 25
+    for code in compiled:
+        assert code["fused multiply-adds"] == 0
+        assert code["local memory"] is False  # no register had to be spilled
 
 
 def test_norms_of_100_million_elements_are_right() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from alto_ds import ALTO
 
 PAPER_EPS = (0.1, 0.2, 0.3)
+STATES = ("exp_avg_grad", "exp_avg", "exp_avg_sq")
 
 
 def quadratic(*values: list[float], dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
@@ -138,6 +139,8 @@ def test_trust_clip_bounds_the_ratio() -> None:
         ({"eps": (1e-6, -1.0, 0.0)}, "eps=.*eps >= 0"),
         ({"trust_clip": (10, 0.01)}, "trust_clip=.*low <= high"),
         ({"trust_clip": (1,)}, "trust_clip="),
+        ({"state_dtype": "fp16"}, 'state_dtype=\'fp16\' must be "fp32", or "bf16"'),
+        ({"seed": 0.5}, "seed=0.5 must be a whole number"),
     ],
 )
 def test_settings_out_of_bounds_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -263,9 +266,38 @@ def test_states_of_bf16_parameters_are_fp32_and_stay_so() -> None:
     restored = ALTO(copy.deepcopy(params))
     restored.load_state_dict(optimizer.state_dict())
     state, expected = restored.state_dict()["state"][0], optimizer.state_dict()["state"][0]
-    for key in ("exp_avg_grad", "exp_avg", "exp_avg_sq"):
+    for key in STATES:
         assert state[key].dtype == torch.float32
         assert state[key].tolist() == expected[key].tolist()
+
+
+@pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy"])
+def test_bf16_states_are_restored_and_rounded_on_bitwise(how: str) -> None:
+    params = quadratic([1.0, -2.0, 3.0], [0.5], dtype=torch.float32)
+    optimizer = ALTO(params, state_dtype="bf16", seed=7)
+    train(optimizer, params, 5)
+    if how == "state_dict":
+        restored_params = copy.deepcopy(params)
+        restored = ALTO(restored_params, state_dtype="bf16", seed=7)
+        restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    else:
+        pair = (optimizer, params)
+        restored, restored_params = (
+            pickle.loads(pickle.dumps(pair)) if how == "pickle" else copy.deepcopy(pair)
+        )
+    dtypes = {key: restored.state[restored_params[0]][key].dtype for key in STATES}
+    assert dtypes == dict(zip(STATES, (torch.bfloat16, torch.bfloat16, torch.float32), strict=True))
+    train(optimizer, params, 5)
+    train(restored, restored_params, 5)
+    assert [p.tolist() for p in params] == [p.tolist() for p in restored_params]
+
+
+def test_seeds_round_differently() -> None:
+    params = [quadratic([1.0, -2.0, 3.0], dtype=torch.float32)[0] for _ in range(3)]
+    for param, seed in zip(params, (0, 0, 1), strict=True):
+        train(ALTO([param], state_dtype="bf16", seed=seed, lr=0.1), [param], 5)
+    assert torch.equal(params[0], params[1])
+    assert not torch.equal(params[0], params[2])
 
 
 def test_going_on_with_alpha_after_lamb_is_refused() -> None:

@@ -69,7 +69,7 @@ inline float float_of(uint32_t bits) {
 
 // What is narrower than the arithmetic passes through buffers of this many elements, which stay in
 // the first cache. Loops over one width each are vectorised well; mixed ones are not.
-constexpr int64_t CHUNK = 512;
+constexpr int64_t CHUNK = 128;
 
 // A chunk of memory as T: the memory itself where that is its type, else a copy.
 template <class T>

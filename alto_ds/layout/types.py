@@ -57,8 +57,10 @@ class Layout:
             same on all ranks. A rank may hold no fragment of some of them, or of all.
         fragments: the ranges that are in this rank's tensor.
         master_copy: the tensor is a wrapper's copy of one whole parameter.
+        fp32_states: the wrapper can keep states only in float32.
     """
 
     layers: tuple[Layer, ...]
     fragments: tuple[Fragment, ...]
     master_copy: bool = False
+    fp32_states: bool = False

@@ -144,4 +144,6 @@ def _parts(flat: torch.Tensor, zero3: Any, names: Names) -> Layout:
             whole = length == param.ds_numel and _is_whole(layers[index], param.ds_process_group)
             fragments.append(Fragment(index, start, length, offset, whole))
         offset += part
-    return Layout(layers, tuple(fragments))
+    # Its buffers are float32, whatever is written to NVMe.
+    swapped = getattr(zero3, "optimizer_swapper", None) is not None
+    return Layout(layers, tuple(fragments), fp32_states=swapped)

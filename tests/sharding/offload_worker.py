@@ -36,7 +36,11 @@ def nvme(buffer_count: int = 5) -> dict[str, Any]:
     return ZERO3 | {"offload_optimizer": device}
 
 
-def train(zero: dict[str, Any], after_step: Callable[[Any, int], None] | None = None) -> Any:
+def train(
+    zero: dict[str, Any],
+    after_step: Callable[[Any, int], None] | None = None,
+    state_dtype: str = "fp32",
+) -> Any:
     """A trained engine."""
     torch.manual_seed(1234)
     model = nn.Sequential(nn.Linear(WIDTH, 1100), nn.Tanh(), nn.Linear(1100, WIDTH))
@@ -45,7 +49,10 @@ def train(zero: dict[str, Any], after_step: Callable[[Any, int], None] | None = 
         model_parameters=model.parameters(),
         config={
             "train_batch_size": BATCH,
-            "optimizer": {"type": "ALTO", "params": {"lr": 0.1}},
+            "optimizer": {
+                "type": "ALTO",
+                "params": {"lr": 0.1, "state_dtype": state_dtype},
+            },
             "zero_optimization": zero,
             "steps_per_print": 10**9,
         },
@@ -93,6 +100,10 @@ def run_misaligned() -> dict[str, Any]:
 
 def run_few_buffers() -> dict[str, Any]:
     return message_of(lambda: train(nvme(buffer_count=4)))
+
+
+def run_bf16_states() -> dict[str, Any]:
+    return message_of(lambda: train(nvme(), state_dtype="bf16"))
 
 
 def run_partial_offload() -> dict[str, Any]:
@@ -146,6 +157,7 @@ RUNS: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {
         "nvme": run_nvme,
         "nvme-few-buffers": run_few_buffers,
         "nvme-misaligned": run_misaligned,
+        "nvme-bf16-states": run_bf16_states,
     },
 }
 

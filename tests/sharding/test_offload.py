@@ -46,6 +46,8 @@ def test_what_deepspeed_gets_wrong_with_nvme_is_refused_on_all_ranks() -> None:
     for rank in measured("nvme-misaligned"):
         assert "loses the gradient of" in rank["message"]
         assert 'write "sub_group_size": 1' in rank["message"]
+    for rank in measured("nvme-bf16-states"):
+        assert '"state_dtype": "bf16" cannot be used with offload to NVMe' in rank["message"]
 
 
 def test_all_three_states_move_away_and_back() -> None:
