@@ -213,7 +213,7 @@ def test_the_triton_kernel_compiles_for_gpus_without_fused_operations() -> None:
     assert len(compiled) == 25
     for code in compiled:
         assert code["fused multiply-adds"] == 0
-        assert code["local memory"] is False  # no register had to be spilled
+        assert code["local memory"] is False
 
 
 def test_norms_of_100_million_elements_are_right() -> None:
