@@ -91,7 +91,7 @@ def worker(report: str, repeats: int) -> None:
                 "ZeRO": stage,
                 "ALTO: collectives": len(sent) // steps,
                 "bytes": sum(sent) // steps,
-                "ms": statistics.median(spent) * 1e3,
+                "ms": statistics.median(spent or [0.0]) * 1e3,
                 "two a parameter: collectives": 2 * len(sizes),
                 "its bytes": 2 * len(sizes) * 4,
                 "its ms": statistics.median(theirs) * 1e3,

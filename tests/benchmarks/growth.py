@@ -11,8 +11,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -42,6 +41,13 @@ def separate(lengths: Sequence[int], device: str, make: Callable[..., Any] = ALT
     return make(make_params([(length,) for length in lengths], device), lr=1e-6)
 
 
+class VirtualGroup(NamedTuple):
+    """Stands in for a process group, with no processes."""
+
+    rank: int
+    size: int
+
+
 def virtual_rank(ranks: int) -> tuple[ALTO, float]:
     """The middle one of so many ranks under ZeRO-1, GPT-2 345M; seconds to find its layout."""
     lengths = [torch.Size(shape).numel() for shape in gpt2_shapes("gpt2-medium")]
@@ -49,7 +55,7 @@ def virtual_rank(ranks: int) -> tuple[ALTO, float]:
     buffer = torch.empty(part * ranks, device="meta")
     params: list[Any] = []
     offset = 0
-    group = SimpleNamespace(rank=ranks // 2, size=ranks)
+    group = VirtualGroup(ranks // 2, ranks)
     for length in lengths:
         param: Any = nn.Parameter(torch.empty(0, device="meta"))
         param.data = buffer[offset : offset + length]
