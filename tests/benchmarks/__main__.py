@@ -1,6 +1,6 @@
 """Run the benchmarks, print tables, and write all figures as JSON.
 
-    python -m tests.benchmarks                      # all of them: about an hour on 2 cores
+    python -m tests.benchmarks                      # all of them: 45 minutes on 2 cores
     python -m tests.benchmarks steps --model gpt2   # one
 
 Each runs in a process of its own, on a machine that should have nothing else to do. The contenders

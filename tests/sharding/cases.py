@@ -148,22 +148,27 @@ CASES: dict[str, Case] = {
     ),
     "zero3-lamb": Case(zero=ZERO3, optimizer={"alpha": 0.0}, wrapper=STAGE3),
     "zero0-bf16-states": Case(
-        config=BF16, optimizer=BF16_STATES, wrapper="FP16_UnfusedOptimizer", sharded=False
+        config=BF16,
+        optimizer=BF16_STATES,
+        wrapper="FP16_UnfusedOptimizer",
+        sharded=False,
+        worlds=(2, 4),
     ),
     "zero1-bf16-states": Case(
         zero={"stage": 1},
         config=BF16_ACCUMULATED_IN_FP32,
         optimizer=BF16_STATES,
         wrapper="BF16_Optimizer",
+        worlds=(2, 4),
     ),
     "zero2-bf16-states": Case(
         zero={"stage": 2} | OFFLOAD, config=BF16, optimizer=BF16_STATES, worlds=ALL_WORLDS
     ),
-    "zero3-bf16-states": Case(zero=ZERO3, optimizer=BF16_STATES, wrapper=STAGE3),
-    "overflow-zero0": Case(config=FP16, wrapper="FP16_UnfusedOptimizer", worlds=(2, 3)),
-    "overflow-zero1": Case(zero={"stage": 1}, config=FP16, worlds=(2, 3)),
-    "overflow-zero2": Case(zero={"stage": 2}, config=FP16, worlds=(2, 3)),
-    "overflow-zero3": Case(zero=ZERO3, config=FP16, wrapper=STAGE3, worlds=(2, 3)),
+    "zero3-bf16-states": Case(zero=ZERO3, optimizer=BF16_STATES, wrapper=STAGE3, worlds=(2, 4)),
+    "overflow-zero0": Case(config=FP16, wrapper="FP16_UnfusedOptimizer", worlds=(2,)),
+    "overflow-zero1": Case(zero={"stage": 1}, config=FP16, worlds=(2,)),
+    "overflow-zero2": Case(zero={"stage": 2}, config=FP16, worlds=(2,)),
+    "overflow-zero3": Case(zero=ZERO3, config=FP16, wrapper=STAGE3, worlds=(2,)),
     "resume-zero0-fp32": Case(wrapper="ALTO", worlds=(2,)),
     "resume-zero0-bf16": Case(config=BF16, wrapper="FP16_UnfusedOptimizer", worlds=(2,)),
     "resume-zero1": Case(
