@@ -11,15 +11,11 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
 
-from alto_ds import registration
+from alto_ds import registration, states
 from alto_ds.layout import tensor_parallel, whole
-from alto_ds.optimizer import (
-    ALTO,
-    check_alpha,
-    grad_scaler_error,
-    restore_state_dtype,
-    zeros_for_state,
-)
+from alto_ds.optimizer import ALTO
+from alto_ds.settings import check_alpha
+from alto_ds.states import E_EXP_AVG_GRAD
 
 # Base optimizers that treat each element by itself, and so do not mind how tensors are cut.
 _ELEMENTWISE = {
@@ -31,9 +27,6 @@ _ELEMENTWISE = {
         *("DeepSpeedCPUAdagrad", "DeepSpeedCPUAdam", "DeepSpeedCPULion", "FusedAdam", "FusedLion"),
     ),
 }
-
-# Not ALTO's key, for ALTO may be the base optimizer and keeps an average of its own.
-E_EXP_AVG_GRAD = "e_exp_avg_grad"
 
 
 class E(Optimizer):
@@ -96,13 +89,12 @@ class E(Optimizer):
         self.__setstate__(
             {"optimizer": optimizer, "alpha": alpha, "beta": beta, "elementwise": elementwise}
         )
+        registration.refuse_at_first_gradient("E", self, self._params)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's parameter groups; DeepSpeed swaps them before each step."""
-        groups = self.optimizer.param_groups
-        registration.refuse_other_updates("E", groups, self._params)
-        return groups
+        return self.optimizer.param_groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
@@ -158,9 +150,14 @@ class E(Optimizer):
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned."""
+        """Load what :meth:`state_dict` returned.
+
+        Raises:
+            RuntimeError: a state has not the shape of its parameter. Nothing has been loaded then.
+        """
+        states.check_saved(state_dict, self.param_groups, (E_EXP_AVG_GRAD,), {})
         self.optimizer.load_state_dict(dict(state_dict))
-        restore_state_dtype(self.optimizer, state_dict, {E_EXP_AVG_GRAD: ""})
+        states.restore_dtypes(self.optimizer, state_dict, (E_EXP_AVG_GRAD,))
 
     # state_dict and load_state_dict are the base optimizer's, and so are their hooks.
 
@@ -185,22 +182,22 @@ class E(Optimizer):
         return self.optimizer.register_load_state_dict_post_hook(hook, prepend)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, step_id: int | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, **others: Any) -> Any:
         """Correct all gradients, then take the base optimizer's step.
 
         Args:
             closure: reevaluates the model and returns the loss; called once, before the step.
-            step_id: passed by DeepSpeed's ZenFlow alone, which is refused.
+            others: none; refused, for wrappers that pass more expect another optimizer.
 
         Returns:
             What ``closure`` returned, else what the base optimizer's ``step`` returns.
 
         Raises:
-            RuntimeError: a gradient is sparse or complex, parameters are cut and the base
-                optimizer is not elementwise, or ZenFlow calls. Raised before anything is changed.
+            RuntimeError: a gradient is sparse or complex, a state does not fit its parameter,
+                parameters are cut and the base optimizer is not elementwise, or a wrapper does
+                what E cannot. Raised before anything is changed.
         """
-        if step_id is not None:
-            raise registration.zenflow_error("E")
+        registration.refuse_step_arguments("E", others)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -209,10 +206,11 @@ class E(Optimizer):
         for param in params:
             if param.grad.is_sparse or param.grad.is_complex():
                 kind = "sparse" if param.grad.is_sparse else "complex"
-                raise RuntimeError(
-                    f"E: the gradient of {self._name(param)} is {kind}; E corrects dense, real "
-                    "gradients only."
-                )
+                raise registration.gradient_error("E", self._name(param), kind)
+            average = self._average(param)
+            if average is not None and average.shape != param.shape:
+                name = self._name(param)
+                states.check_shape(average.shape, param.shape, E_EXP_AVG_GRAD, name)
         self._check_base()
         averages = [self._correct(param) for param in params]
         base_loss = self.optimizer.step()
@@ -223,7 +221,7 @@ class E(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """False: :class:`torch.amp.GradScaler` shall unscale before gradients are corrected.
+        """False: :class:`torch.amp.GradScaler` must unscale before gradients are corrected.
 
         Raises:
             RuntimeError: layers are shared, and each rank's GradScaler decides for itself.
@@ -231,7 +229,7 @@ class E(Optimizer):
         if isinstance(self.optimizer, ALTO):
             return self.optimizer._step_supports_amp_scaling
         if _are_cut(self._tensors(), self._params):
-            raise grad_scaler_error("E")
+            raise registration.grad_scaler_error("E")
         return False
 
     def _tensors(self) -> list[Tensor]:
@@ -242,6 +240,7 @@ class E(Optimizer):
         tensors = self._tensors()
         if self._checked.issuperset(tensors):
             return
+        registration.refuse_other_updates("E", self.param_groups, self._params)
         if not self.elementwise and _are_cut(tensors, self._params):
             name = type(self.optimizer).__name__
             raise RuntimeError(
@@ -268,13 +267,16 @@ class E(Optimizer):
         for param in set(self._params) - set(tensors):
             self.state.pop(param, None)
 
+    def _average(self, param: Tensor) -> Tensor | None:
+        # Not self.state[param], which would make the empty entry.
+        return self.state.get(param, {}).get(E_EXP_AVG_GRAD)
+
     def _correct(self, param: Tensor) -> Tensor:
         """Replace ``param.grad`` by g', advance s and return it."""
         assert param.grad is not None
-        # Not self.state[param], which would make the empty entry.
-        average = self.state.get(param, {}).get(E_EXP_AVG_GRAD)
+        average = self._average(param)
         if average is None:
-            average = zeros_for_state(param)
+            average = states.zeros(E_EXP_AVG_GRAD, param)
         difference = param.grad - average
         param.grad.add_(difference, alpha=self.alpha * (1 - self.beta))
         average.add_(difference, alpha=1 - self.beta)

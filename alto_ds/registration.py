@@ -1,22 +1,32 @@
-"""Makes ``"type": "ALTO"`` and ``"type": "E"`` work in a DeepSpeed JSON.
+"""All that is known of DeepSpeed outside ``layout/``: its lists, its ways, and what is refused.
 
 DeepSpeed looks an optimizer type that it does not know up in ``torch.optim`` and accepts it under
 ZeRO where its class is in a list of its own. Both are open to additions, so nothing is patched,
 and DeepSpeed is never imported: it has been by the time it makes an optimizer.
+
+What ALTO and E cannot compute exactly is refused here, on all ranks alike and before a weight has
+changed. Wrong settings are refused in ``settings.py``, states that do not fit in ``states.py``,
+tensors of unknown origin in ``layout/``.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import register_multi_grad_hook
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from alto_ds.layout import zero
+from alto_ds.layout import Layer, zero
+from alto_ds.trust_ratio import add_over_ranks, rows_to_add
 
 _ZERO_UTILS = "deepspeed.runtime.zero.utils"
 _VERIFIED = ((0, 19, 8), (0, 20))  # the first version of DeepSpeed and the first that is too new
@@ -40,13 +50,83 @@ def support_in_zero(optimizer: type[Optimizer]) -> None:
         _check_version(sys.modules["deepspeed"])
 
 
-def refuse_other_updates(
-    name: str, groups: Sequence[dict[str, Any]], params: Iterable[torch.Tensor]
-) -> None:
-    """Refuse what updates weights without calling the optimizer, on all ranks alike.
+def warn_on_rank_0(message: str) -> None:
+    """Warn once for all ranks."""
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        warnings.warn(message, stacklevel=4)
 
-    ZenFlow and SuperOffload run an Adam of their own with settings that they read from the groups;
-    so this is asked whenever groups are read.
+
+def _check_version(deepspeed: Any) -> None:
+    version = getattr(deepspeed, "__version__", "0")
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+    first, too_new = _VERIFIED
+    if not first <= numbers < too_new:
+        warn_on_rank_0(
+            f"alto_ds has been tested with DeepSpeed from {'.'.join(map(str, first))} to before "
+            f"{'.'.join(map(str, too_new))}; this is {version}. It looks for the attributes "
+            f"{', '.join(zero.ATTRIBUTES)}, and refuses to step where they do not fit; compare "
+            "alto_ds.ALTO.trust_ratios() with a run on one rank before you rely on it."
+        )
+
+
+def is_dummy_step(layers: Sequence[Layer], grads: Sequence[Tensor]) -> bool:
+    """Whether a wrapper calls ``step()`` just to have the states made.
+
+    DeepSpeed's FP16_UnfusedOptimizer does so when it is made, with gradients of zeros. Such a call
+    must not count as a step, nor decay the weights. All ranks that share a layer must call this
+    together, for they must decide alike.
+
+    Args:
+        layers: those of which the optimizer's tensors are a wrapper's copies.
+        grads: their gradients, in the same order.
+    """
+    nonzero = torch.stack([grad.any() for grad in grads]).float()
+    add_over_ranks(nonzero, rows_to_add(layers))
+    return not nonzero.any()
+
+
+def hint_at_placeholders(params: Iterable[Any]) -> str:
+    """A sentence for whoever has chosen what decays by ``ndim`` under ``deepspeed.zero.Init``.
+
+    Empty where not all of ``params`` are partitioned, or their shapes are one-dimensional indeed.
+    """
+    params = list(params)
+    partitioned = [param for param in params if param.numel() == 0 and hasattr(param, "ds_shape")]
+    if len(partitioned) < len(params) or all(len(p.ds_shape) == 1 for p in partitioned):
+        return ""
+    return (
+        " All parameters are partitioned by deepspeed.zero.Init, where ndim and shape are those of "
+        "one-dimensional placeholders: a rule such as len(param.shape) == 1 takes matrices for "
+        "biases there. Use len(param.ds_shape), or the parameters' names."
+    )
+
+
+def refuse_at_first_gradient(name: str, optimizer: Optimizer, params: Iterable[Tensor]) -> None:
+    """Have :func:`refuse_other_updates` asked when the first gradient of ``params`` is there.
+
+    That is before ZenFlow, which may never call the optimizer, changes a weight. Does nothing
+    where DeepSpeed has not been imported.
+    """
+    trained = [param for param in params if param.requires_grad]
+    if "deepspeed" not in sys.modules or not trained:
+        return
+    # Weak, for a cycle of references would keep DeepSpeed's process groups alive at exit.
+    this = weakref.ref(optimizer)
+    handles: list[RemovableHandle] = []
+
+    def ask(_: Tensor) -> None:
+        handles.pop().remove()
+        if (asked := this()) is not None:
+            refuse_other_updates(name, asked.param_groups, trained[:1])
+
+    handles.append(register_multi_grad_hook(trained, ask, mode="any"))
+
+
+def refuse_other_updates(
+    name: str, groups: Sequence[dict[str, Any]], params: Iterable[Any]
+) -> None:
+    """Refuse ZenFlow and SuperOffload, which update weights by an Adam of their own.
 
     Args:
         name: the optimizer's.
@@ -56,11 +136,10 @@ def refuse_other_updates(
     Raises:
         RuntimeError: one of the two is at work.
     """
-    trained = next((param for param in params if param.requires_grad), None)
-    zero3 = getattr(trained, "_z3_optimizer", None)
+    zero3 = next((p._z3_optimizer for p in params if hasattr(p, "_z3_optimizer")), None)
     tensors = (tensor for group in groups for tensor in group["params"][:1])
     if getattr(zero3, "zenflow", False) or any(hasattr(t, "overlap_grad") for t in tensors):
-        raise zenflow_error(name)
+        raise _zenflow_error(name)
     if type(zero3).__name__ == "SuperOffloadOptimizer_Stage3":
         raise RuntimeError(
             f"{name} cannot be used with SuperOffload, which updates weights by an Adam of its "
@@ -68,24 +147,83 @@ def refuse_other_updates(
         )
 
 
-def zenflow_error(name: str) -> RuntimeError:
-    """What to raise where DeepSpeed's ZenFlow uses the optimizer ``name``."""
+def refuse_step_arguments(name: str, arguments: dict[str, Any]) -> None:
+    """Refuse what ``step()`` is given beside a closure; ZenFlow gives its number of the step.
+
+    Raises:
+        RuntimeError: ZenFlow calls.
+        TypeError: there is another argument.
+    """
+    if "step_id" in arguments:
+        raise _zenflow_error(name)
+    if arguments:
+        raise TypeError(f"{name}.step() got an unexpected argument {next(iter(arguments))!r}.")
+
+
+def _zenflow_error(name: str) -> RuntimeError:
     return RuntimeError(
         f"{name} cannot be used with ZenFlow, which updates the most important columns by an Adam "
         'of its own: remove "zenflow" from "zero_optimization".'
     )
 
 
-def _check_version(deepspeed: Any) -> None:
-    version = getattr(deepspeed, "__version__", "0")
-    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
-    first, too_new = _VERIFIED
-    rank_zero = not dist.is_initialized() or dist.get_rank() == 0
-    if not first <= numbers < too_new and rank_zero:
-        warnings.warn(
-            f"alto_ds has been tested with DeepSpeed from {'.'.join(map(str, first))} to before "
-            f"{'.'.join(map(str, too_new))}; this is {version}. It looks for the attributes "
-            f"{', '.join(zero.ATTRIBUTES)}, and refuses to step where they do not fit; compare "
-            "alto_ds.ALTO.trust_ratios() with a run on one rank before you rely on it.",
-            stacklevel=2,
+def refuse_swapping(group: dict[str, Any], params: Iterable[Any], names: zero.Names) -> None:
+    """Refuse what ZeRO-Infinity's swapping to NVMe does wrong, for any optimizer.
+
+    Args:
+        group: a parameter group as ``step()`` finds it, with ZeRO-3's tensors.
+        params: what the group held when the optimizer was made.
+        names: a name for each parameter.
+
+    Raises:
+        RuntimeError: there are too few buffers, which DeepSpeed would report in the second step
+            by an assertion that names no setting; or states are not float32, as its buffers are;
+            or a large gradient would get lost, because direct I/O of a misaligned piece of memory
+            fails without an error.
+    """
+    zero3 = next((p._z3_optimizer for p in params if hasattr(p, "_z3_optimizer")), None)
+    swapper = getattr(zero3, "optimizer_swapper", None)
+    if swapper is None:
+        return
+    buffers = swapper.swap_config.buffer_count
+    if buffers < 5:
+        raise RuntimeError(
+            f'alto_ds: "offload_optimizer": {{"buffer_count": {buffers}}} is too few; write 5, for '
+            "the parameter, its gradient and three states."
         )
+    if group["state_dtype"] != "fp32":
+        raise RuntimeError(
+            f'ALTO: "state_dtype": "{group["state_dtype"]}" cannot be used with offload to NVMe, '
+            'where DeepSpeed keeps all states in float32; write "fp32", or "device": "cpu" under '
+            '"offload_optimizer".'
+        )
+    for flat in group["params"]:
+        offset = 0
+        for param in zero.sub_group_of(flat, zero3):
+            part = param.ds_tensor.ds_numel
+            if offset % swapper.numel_alignment and swapper.is_swappable_tensor(numel=part):
+                raise RuntimeError(
+                    f"alto_ds: DeepSpeed loses the gradient of {names[param]} on its way to NVMe, "
+                    f"for it starts at element {offset} of its sub-group, no multiple of "
+                    f'{swapper.numel_alignment}; write "sub_group_size": 1 under '
+                    '"zero_optimization", which gives each parameter a sub-group of its own.'
+                )
+            offset += part
+
+
+def gradient_error(name: str, param_name: str, kind: str) -> RuntimeError:
+    """What to raise where the gradient of a parameter is "sparse" or "complex"."""
+    remedy = "make its module with sparse=False"
+    if kind == "complex":
+        remedy = "train torch.view_as_real() of it instead"
+    return RuntimeError(f"{name}: the gradient of {param_name} is {kind}; {remedy}.")
+
+
+def grad_scaler_error(optimizer: str) -> RuntimeError:
+    """What to raise where a GradScaler steps ``optimizer`` on layers that ranks share."""
+    return RuntimeError(
+        f"{optimizer} cannot be stepped by a torch.amp.GradScaler where ranks share layers: on an "
+        "overflow in one rank's part that rank alone would skip the step, and the others would "
+        'wait for it or go on without it. Use "bf16", or "fp16" with DeepSpeed\'s own loss '
+        'scaling, in place of "torch_autocast" with dtype float16.'
+    )

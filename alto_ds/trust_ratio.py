@@ -16,14 +16,16 @@ class TrustRatio(NamedTuple):
     """What scaled one layer's update.
 
     Attributes:
-        ratio: factor on the learning rate; 1 for a layer that is not adapted.
+        ratio: factor on the learning rate; 1 for a layer that is not scaled.
         weight_norm: ‖θ‖, the 2-norm of the whole layer before the update.
         update_norm: ‖r‖, the 2-norm of the whole layer's update before it is scaled.
+        scaled: whether the layer's group is one whose updates are scaled.
     """
 
     ratio: float
     weight_norm: float
     update_norm: float
+    scaled: bool
 
 
 def sums_dtype(device: torch.device) -> torch.dtype:
@@ -89,7 +91,8 @@ def trust_ratios(
 ) -> torch.Tensor:
     """Return ``φ(‖θ‖) / (‖r‖ + ε2 φ(‖θ‖))`` with ``φ(x) = x + ε3``, and 1 where a norm is 0.
 
-    The equation is the paper's Algorithm 2 (arXiv 2510.27153); the rule for 0 is LAMB's.
+    The equation is the paper's Algorithm 2 (arXiv 2510.27153); the rule for 0 is LAMB's. Where a
+    norm is NaN so is the ratio: a layer with one bad element must not go on as if it were well.
 
     Args:
         sums: ``[layers, 2]``, Σθ² and Σr² of whole layers.
@@ -104,5 +107,5 @@ def trust_ratios(
     weight_norm, update_norm = norms.unbind(1)
     phi = weight_norm + eps3
     ratio = phi / (update_norm + eps2 * phi)
-    ratio = torch.where((weight_norm > 0) & (update_norm > 0), ratio, torch.ones_like(ratio))
+    ratio = torch.where((weight_norm == 0) | (update_norm == 0), torch.ones_like(ratio), ratio)
     return ratio if clip is None else ratio.clamp(*clip)

@@ -4,7 +4,7 @@
         --model gpt2-tiny --output_dir runs/tiny
 """
 
-from alto_ds.pretrain.loop import main
+from alto_ds.pretrain.command import main
 
 if __name__ == "__main__":
     main()

@@ -9,22 +9,26 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
     echo "alto-ds needs Python 3.11 or newer; '$python' is not. Set PYTHON to one that is." >&2
     exit 1
 fi
-[ -x .venv/bin/python ] || "$python" -m venv .venv
-export PATH="$PWD/.venv/bin:$PATH"
-
-# The cache is keyed by the version of Python alone, so environments must not share it.
-export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions"
-
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
-stamp=".venv/installed-$1-$(cksum <pyproject.toml | tr -d ' ')"
-if [ ! -f "$stamp" ]; then
-    echo "Installing alto-ds[$1] into .venv ..."
-    pip=(python -m pip --disable-pip-version-check install --quiet)
+
+# `install ENVIRONMENT PACKAGES...` by pip, with a build of PyTorch that fits the machine.
+install() {
+    local pip=("$1/bin/python" -m pip --disable-pip-version-check install --quiet)
+    [ -x "$1/bin/python" ] || "$python" -m venv "$1"
     # First, so that no other package chooses a build of PyTorch.
     if [ "$gpus" -eq 0 ]; then "${pip[@]}" torch==2.13.0; else "${pip[@]}" 'torch>=2.11'; fi
     # Without it DeepSpeed's installation asks for a CUDA compiler, which it does not use.
-    DS_IGNORE_CUDA_DETECTION=1 "${pip[@]}" --editable ".[$1]"
+    DS_IGNORE_CUDA_DETECTION=1 "${pip[@]}" "${@:2}"
+}
+
+stamp=".venv/installed-$1-$(cksum <pyproject.toml | tr -d ' ')"
+if [ ! -f "$stamp" ]; then
+    echo "Installing alto-ds[$1] into .venv ..."
+    install .venv --editable ".[$1]"
     touch "$stamp"
 fi
 
+export PATH="$PWD/.venv/bin:$PATH"
+# The cache is keyed by the version of Python alone, so environments must not share it.
+export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions"
 if [ "$gpus" -eq 0 ]; then export DS_ACCELERATOR=cpu; fi

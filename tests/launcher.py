@@ -1,16 +1,12 @@
-"""Commands on real CPU ranks, by the ``deepspeed`` launcher or torchrun."""
+"""Commands on real CPU ranks, by the ``deepspeed`` launcher."""
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,22 +45,3 @@ def run(ranks: int, *command: str, folder: Path, fails: bool = False) -> str:
     output, _ = process.communicate(timeout=300)
     assert (process.returncode != 0) is fails, output[-8000:]
     return output
-
-
-@functools.cache
-def report_of(module: str, world_size: int, *arguments: str) -> dict[str, Any]:
-    """Run ``python -m MODULE REPORT ARGUMENTS`` on ranks, once, and read the JSON it wrote."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "report.json")
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        finished = subprocess.run(
-            [*torchrun, f"--nproc_per_node={world_size}", "-m", module, str(report), *arguments],
-            env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-        )
-        assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-6000:]
-        return json.loads(report.read_text())

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from alto_ds import ALTO
-from alto_ds.kernels import Batch, FragmentTable, StepSizes, cpu, reference
-from alto_ds.layout import Fragment, Layout
-from alto_ds.optimizer import _ratios
+from alto_ds.kernels import Batch, FragmentTable, Hyperparameters, cpu, reference
+from alto_ds.layout import Fragment
+from alto_ds.trust_ratio import trust_ratios
 
 GPU = torch.cuda.is_available()
 BLOCKS = (2048, 4096)  # elements that one program or thread takes at a time
@@ -30,54 +31,54 @@ def load_triton() -> Any:
     return importlib.import_module("alto_ds.kernels.triton")
 
 
-def sizes(**changes: Any) -> StepSizes:
-    step_sizes = StepSizes(
+def hyperparameters(**changes: Any) -> Hyperparameters:
+    defaults = Hyperparameters(
         alpha=-5.0,
         beta1=0.99,
         beta2=0.9,
         beta3=0.99,
-        correction2=1 - 0.9**3,
-        correction3=1 - 0.99**3,
+        bias_correction2=1 - 0.9**3,
+        bias_correction3=1 - 0.99**3,
         eps=(1e-6, 1e-6, 1e-10),
         weight_decay=0.01,
         lr=0.01,
-        adapt=True,
+        scaled=True,
         trust_clip=None,
-        noise_key=0xDEADBEEF,
+        rounding_key=0xDEADBEEF,
     )
-    return step_sizes._replace(**changes)
+    return defaults._replace(**changes)
 
 
 @st.composite
-def layouts(draw: Any) -> list[Layout]:
+def fragments(draw: Any) -> list[Fragment]:
     """Tensors with fragments at any offset, with and without padding between them."""
     length = st.one_of(
         st.integers(1, 40), st.sampled_from([n + d for n in BLOCKS for d in (-1, 0, 1)])
     )
-    found = []
-    for _ in range(draw(st.integers(1, 3))):
-        fragments, end = [], 0
-        for layer in range(draw(st.integers(0, 4))):
+    found: list[Fragment] = []
+    for tensor in range(draw(st.integers(1, 3))):
+        end = 0
+        for _ in range(draw(st.integers(0, 4))):
             offset = end + draw(st.integers(0, 9))
             end = offset + draw(length)
             start, whole = draw(st.integers(0, 2**33)), draw(st.booleans())
-            fragments.append(Fragment(layer, start, end - offset, offset, whole))
-        found.append(Layout((None,) * len(fragments), tuple(fragments)))  # type: ignore[arg-type]
+            found.append(Fragment(tensor, offset, end - offset, start, len(found), whole))
     return found
 
 
 def make_batch(
-    found: list[Layout], param: torch.dtype, state: torch.dtype, seed: int, device: str = "cpu"
+    found: list[Fragment], param: torch.dtype, state: torch.dtype, seed: int, device: str = "cpu"
 ) -> Batch:
-    """Random tensors for the layouts; all that lies in no fragment is poison."""
+    """Random tensors for the fragments; all that lies in none is poison."""
     generator = torch.Generator().manual_seed(seed)
     columns: list[list[Tensor]] = [[], [], [], [], []]
     arithmetic = torch.promote_types(param, torch.float32)
-    for layout in found:
-        size = max((f.offset + f.length for f in layout.fragments), default=0) + 3
+    for place in range(max((f.tensor for f in found), default=0) + 1):
+        own = [f for f in found if f.tensor == place]
+        size = max((f.offset + f.length for f in own), default=0) + 3
         for column, dtype in zip(columns, (param, param, state, state, arithmetic), strict=True):
             tensor = torch.full((size,), 1e30 if column is columns[0] else torch.nan)
-            for f in layout.fragments:
+            for f in own:
                 values = torch.randn(f.length, generator=generator)
                 tensor[f.offset : f.offset + f.length] = values
             column.append(tensor.to(dtype).to(device))
@@ -94,12 +95,15 @@ def copy_of(batch: Batch) -> Batch:
     return Batch._make([*columns, batch.fragments])
 
 
-def step(kernel: Any, batch: Batch, scalars: StepSizes) -> Tensor:
+def step(kernel: Any, batch: Batch, scalars: Hyperparameters) -> Tensor:
     """Both passes, as the optimizer runs them, on whole layers; returns the sums."""
-    layers = int(batch.fragments.rows[:, 4].max()) + 1 if len(batch.fragments.rows) else 0
+    layers = max((f.layer for f in batch.fragments.fragments()), default=-1) + 1
     sums = torch.zeros(layers, 2, dtype=torch.float64, device=batch.params[0].device)
     kernel.update_states(batch, scalars, sums)
-    kernel.apply_update(batch, scalars, scalars.lr * _ratios(sums, scalars))
+    ratios = torch.ones_like(sums[:, 0])
+    if scalars.scaled:
+        ratios = trust_ratios(sums, *scalars.eps[1:], scalars.trust_clip)
+    kernel.apply_update(batch, scalars, scalars.lr * ratios)
     return sums
 
 
@@ -108,7 +112,7 @@ def bits(tensors: Any) -> list[list[int]]:
     return [x.cpu().view(kinds[x.element_size()]).tolist() for x in tensors]
 
 
-def check_against_reference(kernel: Any, batch: Batch, scalars: StepSizes) -> None:
+def check_against_reference(kernel: Any, batch: Batch, scalars: Hyperparameters) -> None:
     expected, repeated = copy_of(batch), copy_of(batch)
     expected_sums = step(reference, expected, scalars)
     sums = step(kernel, batch, scalars)
@@ -127,12 +131,12 @@ def check_against_reference(kernel: Any, batch: Batch, scalars: StepSizes) -> No
 
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 scalars_drawn = st.builds(
-    sizes,
+    hyperparameters,
     alpha=st.sampled_from([-5.0, 0.5, 0.0]),
     weight_decay=st.sampled_from([0.0, 0.01]),
-    adapt=st.booleans(),
+    scaled=st.booleans(),
     trust_clip=st.sampled_from([None, (0.5, 0.75)]),
-    noise_key=st.integers(0, 2**32 - 1),
+    rounding_key=st.integers(0, 2**32 - 1),
 )
 
 
@@ -140,13 +144,13 @@ scalars_drawn = st.builds(
 @pytest.mark.parametrize("state", [FP32, BF16])
 @pytest.mark.parametrize("param", [FP32, BF16])
 @settings(max_examples=15, deadline=None)
-@given(found=layouts(), scalars=scalars_drawn, seed=st.integers(0, 2**32))
+@given(found=fragments(), scalars=scalars_drawn, seed=st.integers(0, 2**32))
 def test_the_cpu_kernel_gives_the_references_bits(
     threads: int,
     param: torch.dtype,
     state: torch.dtype,
-    found: list[Layout],
-    scalars: StepSizes,
+    found: list[Fragment],
+    scalars: Hyperparameters,
     seed: int,
 ) -> None:
     batch = make_batch(found, param, state, seed)
@@ -160,9 +164,9 @@ def test_the_cpu_kernel_gives_the_references_bits(
 
 
 @settings(max_examples=15, deadline=None)
-@given(found=layouts(), scalars=scalars_drawn, seed=st.integers(0, 2**32))
+@given(found=fragments(), scalars=scalars_drawn, seed=st.integers(0, 2**32))
 def test_the_cpu_kernel_gives_the_references_bits_in_float64(
-    found: list[Layout], scalars: StepSizes, seed: int
+    found: list[Fragment], scalars: Hyperparameters, seed: int
 ) -> None:
     check_against_reference(cpu, make_batch(found, FP64, FP64, seed), scalars)
 
@@ -173,14 +177,13 @@ def test_the_cpu_kernel_gives_the_references_bits_for_large_layers(
     threads: int, state: torch.dtype
 ) -> None:
     """More elements than one batch of the kernel has, and than it keeps between the passes."""
-    lengths, offset, fragments = [100_000, 7, 70_001, 2_300_003, 9, 200_000], 3, []
-    for layer, length in enumerate(lengths):
-        fragments.append(Fragment(layer, 0, length, offset, whole=layer != 4))
+    offset, found = 3, []
+    for layer, length in enumerate([100_000, 7, 70_001, 2_300_003, 9, 200_000]):
+        found.append(Fragment(0, offset, length, 0, layer, whole=layer != 4))
         offset += length + layer
-    layout = Layout((None,) * len(lengths), tuple(fragments))  # type: ignore[arg-type]
     torch.set_num_threads(threads)
     try:
-        check_against_reference(cpu, make_batch([layout], FP32, state, 1), sizes())
+        check_against_reference(cpu, make_batch(found, FP32, state, 1), hyperparameters())
     finally:
         torch.set_num_threads(1)
 
@@ -188,14 +191,36 @@ def test_the_cpu_kernel_gives_the_references_bits_for_large_layers(
 @pytest.mark.parametrize("state", [FP32, BF16])
 @pytest.mark.parametrize("param", [FP32, BF16])
 @settings(max_examples=8, deadline=None)
-@given(found=layouts(), scalars=scalars_drawn, seed=st.integers(0, 2**32))
+@given(found=fragments(), scalars=scalars_drawn, seed=st.integers(0, 2**32))
 def test_the_triton_kernel_gives_the_references_bits(
-    param: torch.dtype, state: torch.dtype, found: list[Layout], scalars: StepSizes, seed: int
+    param: torch.dtype,
+    state: torch.dtype,
+    found: list[Fragment],
+    scalars: Hyperparameters,
+    seed: int,
 ) -> None:
     kernel = load_triton()
     batch = make_batch(found, param, state, seed, "cuda" if GPU else "cpu")
     assert kernel.supports(batch)
     check_against_reference(kernel, batch, scalars)
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+def test_bf16_parameters_are_rounded_to_nearest_even(name: str) -> None:
+    """Of all parameters there are, 3/4 is taken, which falls half-way for every fourth of them."""
+    if name == "triton" and not GPU:
+        pytest.skip("Triton's interpreter does not round to bfloat16 as a GPU does")
+    kernel = load_triton() if name == "triton" else {"reference": reference, "cpu": cpu}[name]
+    device = "cuda" if GPU and name == "triton" else "cpu"
+    param = torch.arange(-(2**15), 2**15).to(torch.int16).view(BF16).to(device)
+    expected = (param.float() - param.float() * 0.25).to(BF16)
+    n = len(param)
+    found = [Fragment(0, 0, n, 0, 0, whole=False)]
+    zeros = [torch.zeros(n, device=device) for _ in range(2)]
+    grad = torch.zeros(n, dtype=BF16, device=device)
+    batch = Batch([param], [grad], [], [zeros[0]], [zeros[1]], FragmentTable(found))
+    step(kernel, batch, hyperparameters(alpha=0.0, weight_decay=0.25, lr=1.0, scaled=False))
+    assert torch.allclose(param, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_triton_kernel_compiles_for_gpus_without_fused_operations() -> None:
@@ -221,10 +246,10 @@ def test_norms_of_100_million_elements_are_right() -> None:
     torch.manual_seed(1)
     n = 100_000_001
     params, grads = torch.randn(n), torch.randn(n)
-    found = [Layout((None,), (Fragment(0, 0, n, 0),))]  # type: ignore[arg-type]
+    found = [Fragment(0, 0, n, 0, 0, whole=False)]
     batch = Batch([params], [grads], [], [torch.zeros(n)], [torch.zeros(n)], FragmentTable(found))
     sums = torch.zeros(1, 2, dtype=torch.float64)
-    cpu.update_states(batch, sizes(alpha=0.0), sums)
+    cpu.update_states(batch, hyperparameters(alpha=0.0), sums)
     expected = sum(part.double().square().sum() for part in params.split(2**22))
     assert abs(sums[0, 0].item() / float(expected) - 1) < 1e-12
 
@@ -246,9 +271,11 @@ def test_a_state_that_bf16_cannot_hold_is_right_in_the_mean() -> None:
 
 def test_rounding_is_the_same_however_a_layer_is_cut() -> None:
     s, m = torch.randn(1000), torch.randn(1000)
-    whole = reference.round_by_chance(s, m, 0, 42)
-    parts = [reference.round_by_chance(s[a:b], m[a:b], a, 42) for a, b in ((0, 333), (333, 1000))]
-    other_key = reference.round_by_chance(s, m, 0, 43)[1]
+    whole = reference.round_stochastically(s, m, 0, 42)
+    parts = [
+        reference.round_stochastically(s[a:b], m[a:b], a, 42) for a, b in ((0, 333), (333, 1000))
+    ]
+    other_key = reference.round_stochastically(s, m, 0, 43)[1]
     assert not torch.equal(whole[1], other_key)
     for rounded, first, second, exact in zip(whole, *parts, (s, m), strict=True):
         assert rounded is not None
@@ -259,18 +286,28 @@ def test_rounding_is_the_same_however_a_layer_is_cut() -> None:
         assert ((rounded - exact).abs() <= exact.abs() * 2**-7).all()
 
 
-def test_without_a_compiler_there_is_one_warning_and_the_reference(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("compiler", r"could not compile its kernel for CPUs \(Ninja is .*\).* C\+\+ compiler"),
+        ("source", r"has no source of its kernel for CPUs .*Install alto-ds again"),
+    ],
+)
+def test_without_its_kernel_there_is_one_warning_and_the_reference(
+    monkeypatch: pytest.MonkeyPatch, missing: str, message: str
 ) -> None:
     def fail(**_: Any) -> None:
         raise RuntimeError("Ninja is required to load C++ extensions")
 
-    monkeypatch.setattr("torch.utils.cpp_extension.load", fail)
+    if missing == "compiler":
+        monkeypatch.setattr("torch.utils.cpp_extension.load", fail)
+    else:
+        monkeypatch.setattr(cpu, "_SOURCE", Path("no_such_file.cpp"))
     cpu._library.cache_clear()
     param = torch.nn.Parameter(torch.ones(3))
     twin = torch.nn.Parameter(torch.ones(3))
     param.grad = twin.grad = torch.tensor([1.0, 2.0, 3.0])
-    with pytest.warns(UserWarning, match="could not compile its kernel for CPUs") as warned:
+    with pytest.warns(UserWarning, match=message) as warned:
         ALTO([param]).step()
     ALTO([param]).step()
     assert len(warned) == 1

@@ -77,18 +77,25 @@ def zero3_groups(
     return list(zip(zero3.fp32_partitioned_groups_flat, zero3.fp16_groups, strict=True))
 
 
-def check_tiling(layouts: list[Layout], lengths: list[int], sizes: list[int]) -> None:
-    """All ranks together cover each layer once; one rank's ranges do not overlap in its tensor."""
+def check_tiling(layouts: list[Layout], lengths: list[list[int]], sizes: list[int]) -> None:
+    """All ranks list the same layers and together cover each once, without overlap in a tensor.
+
+    Args:
+        layouts: of each rank.
+        lengths: of each rank's tensors.
+        sizes: of the layers.
+    """
     covered: list[list[tuple[int, int]]] = [[] for _ in sizes]
-    for layout, length in zip(layouts, lengths, strict=True):
+    for layout, own in zip(layouts, lengths, strict=True):
         assert [layer.name for layer in layout.layers] == [str(i) for i in range(len(sizes))]
-        end = 0
-        for fragment in sorted(layout.fragments, key=lambda f: f.offset):
-            assert fragment.length > 0
-            assert fragment.offset >= end
-            end = fragment.offset + fragment.length
-            covered[fragment.layer].append((fragment.start, fragment.length))
-        assert end <= length
+        ends = [0] * len(own)
+        for f in sorted(layout.fragments, key=lambda f: f.offset):
+            assert f.length > 0
+            assert f.offset >= ends[f.tensor]
+            assert f.whole is (f.length == sizes[f.layer])
+            ends[f.tensor] = f.offset + f.length
+            covered[f.layer].append((f.start, f.length))
+        assert all(end <= length for end, length in zip(ends, own, strict=True))
     for ranges, size in zip(covered, sizes, strict=True):
         position = 0
         for start, length in sorted(ranges):
@@ -107,8 +114,8 @@ def check_groups(groups_of_ranks: list[list[tuple[Any, list[nn.Parameter]]]], si
         layouts, lengths = [], []
         for groups in groups_of_ranks:
             flat, params = groups[place]
-            layouts += resolve([flat], params, {p: str(i) for i, p in enumerate(params)})
-            lengths.append(flat.numel())
+            layouts.append(resolve([flat], params, {p: str(i) for i, p in enumerate(params)}))
+            lengths.append([flat.numel()])
         check_tiling(layouts, lengths, sizes_of_group)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -71,18 +72,19 @@ def test_the_papers_algorithms_with_phi_and_all_eps(vanilla: bool) -> None:
 def test_first_trust_ratio_is_the_hand_computed_one() -> None:
     # ‖θ‖ = 5, g = 1 and α = 0 give r = 1 / (1 + 0) = 1 each: ‖r‖ = √2.
     (param,) = quadratic([3.0, 4.0])
-    optimizer = ALTO([("w", param)], alpha=0.0, eps=(0.0, 0.5, 1.0), weight_decay=0.0, lr=1.0)
-    optimizer.param_groups[0]["trust_ratio"] = True
+    group: dict[str, Any] = {"params": [("w", param)], "weight_decay": 0.0, "trust_ratio": True}
+    optimizer = ALTO([group], alpha=0.0, eps=(0.0, 0.5, 1.0), lr=1.0)
     param.grad = torch.ones_like(param)
     optimizer.step()
-    ratio, weight_norm, update_norm = optimizer.trust_ratios()["w"]
+    ratio, weight_norm, update_norm, scaled = optimizer.trust_ratios()["w"]
+    assert scaled
     assert (weight_norm, update_norm) == pytest.approx((5.0, math.sqrt(2)))
     assert ratio == pytest.approx(6 / (math.sqrt(2) + 0.5 * 6))
     assert param.tolist() == pytest.approx([3 - ratio, 4 - ratio])
 
 
 @pytest.mark.parametrize(
-    ("group", "adapted"),
+    ("group", "scaled"),
     [
         ({"weight_decay": 0.1}, True),
         ({"weight_decay": 0.0}, False),
@@ -90,23 +92,88 @@ def test_first_trust_ratio_is_the_hand_computed_one() -> None:
         ({"weight_decay": 0.0, "trust_ratio": True}, True),
     ],
 )
-def test_groups_choose_whether_they_are_adapted(group: dict[str, Any], adapted: bool) -> None:
-    (param,) = quadratic([30.0, 40.0])
-    settings: dict[str, Any] = {"params": [("w", param)], **group}
-    optimizer = ALTO([settings])
-    train(optimizer, [param], 1)
-    assert (optimizer.trust_ratios()["w"].ratio != 1.0) is adapted
+def test_groups_beside_a_decayed_one_choose_whether_they_are_scaled(
+    group: dict[str, Any], scaled: bool
+) -> None:
+    param, other = quadratic([30.0, 40.0], [1.0])
+    groups: list[dict[str, Any]] = [{"params": [("w", param)], **group}, {"params": [("o", other)]}]
+    optimizer = ALTO(groups)
+    train(optimizer, [param, other], 1)
+    assert (optimizer.trust_ratios()["w"].ratio != 1.0) is scaled
+    assert optimizer.trust_ratios()["w"].scaled is scaled
+
+
+def ones(*groups: dict[str, Any]) -> list[dict[str, Any]]:
+    """Groups of one parameter each."""
+    return [dict(group, params=[nn.Parameter(torch.ones(3, 2))]) for group in groups]
+
+
+def test_where_nothing_decays_all_layers_are_scaled_and_one_warning_says_so() -> None:
+    with pytest.warns(UserWarning, match="no parameter group has weight decay, so all") as warned:
+        optimizer = ALTO(ones({}, {"lr": 0.1}), weight_decay=0.0)
+    assert len(warned) == 1
+    assert "zero.Init" not in str(warned[0].message)
+    assert [group["trust_ratio"] for group in optimizer.param_groups] == [True, True]
+    optimizer.add_param_group(ones({})[0])  # a later group is treated alike
+    params = [group["params"][0] for group in optimizer.param_groups]
+    train(optimizer, params, 1)
+    assert all(row.scaled and row.ratio != 1 for row in optimizer.trust_ratios().values())
+
+
+@pytest.mark.parametrize("said", [{"trust_ratio": False}, {"weight_decay": 0.1}])
+def test_there_is_no_warning_where_a_group_decays_or_says_trust_ratio(said: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = ALTO(ones({}, said), weight_decay=0.0)
+    assert optimizer.param_groups[0]["trust_ratio"] is None
+
+
+def test_states_of_a_run_in_which_nothing_decayed_are_scaled_too_and_say_so() -> None:
+    """A checkpoint of the time when such a run had no trust ratios, loaded into a decayed one."""
+    saved = ALTO(ones({}, {})).state_dict()
+    for group in saved["param_groups"]:
+        group["weight_decay"] = 0.0
+    optimizer = ALTO(ones({}, {}))
+    with pytest.warns(UserWarning, match="no parameter group has weight decay"):
+        optimizer.load_state_dict(saved)
+    assert [group["trust_ratio"] for group in optimizer.param_groups] == [True, True]
+
+
+def test_the_warning_names_the_placeholders_of_zero_init() -> None:
+    """As zero.Init leaves parameters; tests/sharding has the real ones."""
+    params: list[Any] = [nn.Parameter(torch.empty(0)) for _ in range(2)]
+    params[0].ds_shape, params[1].ds_shape = torch.Size([4, 3]), torch.Size([3])
+    with pytest.warns(UserWarning, match=r"partitioned by deepspeed\.zero\.Init.*param\.ds_shape"):
+        ALTO(params, weight_decay=0.0)
 
 
 @pytest.mark.parametrize("zeros", ["weights", "update"])
 def test_ratio_is_1_where_a_norm_is_0(zeros: str) -> None:
     (param,) = quadratic([0.0, 0.0] if zeros == "weights" else [1.0, 1.0])
-    optimizer = ALTO([("w", param)], weight_decay=0.0)
-    optimizer.param_groups[0]["trust_ratio"] = True
+    group: dict[str, Any] = {"params": [("w", param)], "weight_decay": 0.0, "trust_ratio": True}
+    optimizer = ALTO([group])
     param.grad = torch.ones_like(param) if zeros == "weights" else torch.zeros_like(param)
     optimizer.step()
     assert optimizer.trust_ratios()["w"].ratio == 1.0
     assert bool(param.isfinite().all())
+
+
+@pytest.mark.parametrize("clip", [None, (0.01, 10.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("where", ["gradient", "weight"])
+def test_a_nan_anywhere_in_a_layer_shows_in_all_of_it(
+    where: str, dtype: torch.dtype, clip: Any
+) -> None:
+    """With ratio 1 its finite elements would go on, by other steps than the layer's."""
+    bad, good = quadratic([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], dtype=dtype)
+    optimizer = ALTO([("bad", bad), ("good", good)], trust_clip=clip)
+    for param in (bad, good):
+        param.grad = torch.ones_like(param)
+    (bad.grad if where == "gradient" else bad.data)[1] = torch.nan  # type: ignore[index]
+    optimizer.step()
+    assert math.isnan(optimizer.trust_ratios()["bad"].ratio)
+    assert bad.isnan().all()
+    assert good.isfinite().all()
 
 
 def test_trust_clip_bounds_the_ratio() -> None:
@@ -122,7 +189,18 @@ def test_trust_clip_bounds_the_ratio() -> None:
     [
         ({"alpha": -100.0}, r"alpha=-100.*\|alpha\| must be below .* = 100;"),
         ({"alpha": 1.2, "betas": (0.01, 0.9, 0.99)}, r"alpha=1\.2 .* = 1\.0101"),
-        ({"alpha": float("nan")}, "alpha=nan"),
+        ({"alpha": float("nan")}, "alpha=nan must be finite"),
+        ({"alpha": float("inf"), "betas": (1.0, 0.9, 0.9)}, "alpha=inf must be finite"),
+        ({"lr": float("inf")}, "lr=inf must be finite"),
+        ({"lr": torch.tensor(float("nan"))}, r"lr=tensor\(nan\) must be finite"),
+        ({"lr": torch.ones(2)}, "lr=.* must be made of numbers"),
+        ({"lr": True}, "lr=True must be made of numbers"),
+        ({"weight_decay": float("nan")}, "weight_decay=nan must be finite"),
+        ({"eps": (1e-6, float("inf"), 0)}, "eps=.* must be finite"),
+        ({"betas": (0.9, float("nan"), 0.9)}, "betas=.* must be finite"),
+        ({"trust_clip": (0.1, float("inf"))}, "trust_clip=.* must be finite"),
+        ({"bias_correction": "false"}, "bias_correction='false' must be true or false"),
+        ({"bias_correction": 0}, "bias_correction=0 must be true or false"),
         ({"betas": (1.0, 0.9, 0.99)}, r"betas\[0\]=1\.0 .* < 1"),
         ({"betas": (0.9, 0.9, -0.1)}, r"betas\[2\]=-0\.1"),
         ({"betas": (0.9, 0.99)}, "betas=.*three numbers"),
@@ -141,6 +219,7 @@ def test_trust_clip_bounds_the_ratio() -> None:
         ({"trust_clip": (1,)}, "trust_clip="),
         ({"state_dtype": "fp16"}, 'state_dtype=\'fp16\' must be "fp32", or "bf16"'),
         ({"seed": 0.5}, "seed=0.5 must be a whole number"),
+        ({"seed": True}, "seed=True must be a whole number"),
     ],
 )
 def test_settings_out_of_bounds_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -148,6 +227,58 @@ def test_settings_out_of_bounds_are_refused(settings: dict[str, Any], message: s
         ALTO(quadratic([1.0]), **settings)
     with pytest.raises(ValueError, match=message):  # in a group, likewise
         ALTO([dict(settings, params=quadratic([1.0]))])
+
+
+@pytest.mark.parametrize(
+    ("key", "right"),
+    [
+        ("weight_decy", "weight_decay"),
+        ("weight-decay", "weight_decay"),
+        ("beta", "betas"),
+        ("aplha", "alpha"),
+        ("trust_ratios", "trust_ratio"),
+        ("Bias_Correction", "bias_correction"),
+        ("param_name", "param_names"),
+    ],
+)
+def test_misspelt_keys_of_groups_are_refused_with_the_right_name(key: str, right: str) -> None:
+    with pytest.raises(ValueError, match=f"{key}.* is no setting of ALTO; did you mean '{right}'"):
+        ALTO([{"params": quadratic([1.0]), key: 0.1}])
+
+
+def test_keys_that_schedulers_and_frameworks_keep_in_groups_are_left_alone() -> None:
+    others = [
+        *("initial_lr", "max_lr", "min_lr", "lr_mult", "wd_mult", "lr_scale", "name", "moe"),
+        *("is_expert_parallel", "is_decoupled_lr", "pre_wd_mult", "decoupled_weight_decay"),
+        *("step", "default_config", "use_muon", "base_momentum", "fused", "amsgrad", "maximize"),
+    ]
+    ALTO([{"params": quadratic([1.0]), **dict.fromkeys(others, 1)}])
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("lr", float("nan"), "lr=nan must be finite"),
+        ("alpha", 200.0, "alpha=200.0 is out of bounds"),
+        ("weight_decay", -1.0, "weight_decay=-1.0 is out of bounds"),
+        ("bias_correction", "false", "bias_correction='false' must be true or false"),
+    ],
+)
+@pytest.mark.parametrize("how", ["by hand", "load_state_dict"])
+def test_settings_set_later_are_checked_before_anything_changes(
+    how: str, setting: str, value: Any, message: str
+) -> None:
+    (param,) = quadratic([1.0, 2.0])
+    optimizer = ALTO([param])
+    train(optimizer, [param], 1)
+    before, saved = param.tolist(), optimizer.state_dict()
+    if how == "by hand":
+        optimizer.param_groups[0][setting] = value
+    else:
+        saved["param_groups"][0][setting] = value
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved) if how == "load_state_dict" else optimizer.step()
+    assert param.tolist() == before
 
 
 def test_complex_parameters_and_sparse_gradients_are_refused_by_name() -> None:
@@ -200,8 +331,9 @@ def test_closure_is_evaluated_with_gradients() -> None:
 
 def test_parameters_without_gradient_are_left_alone() -> None:
     used, dead = quadratic([1.0, 2.0], [3.0])
-    optimizer = ALTO([used, dead])
+    optimizer = ALTO([("used", used), ("dead", dead)])
     train(optimizer, [used], 3)
+    assert set(optimizer.trust_ratios()) == {"used"}
     assert dead.item() == 3.0
     assert dead not in optimizer.state
 
@@ -335,10 +467,22 @@ def test_a_grad_scaler_unscales_before_the_step() -> None:
     assert torch.equal(scaled, plain)
 
 
-def test_superoffload_is_refused() -> None:
+def test_superoffload_is_refused_at_the_first_gradient_and_at_step() -> None:
     """It runs on CUDA only, so its class is a stand-in; see tests/sharding for ZenFlow."""
-    (param,) = quadratic([1.0])
-    optimizer = ALTO([param])
-    param._z3_optimizer = type("SuperOffloadOptimizer_Stage3", (), {})()  # type: ignore[attr-defined]
-    with pytest.raises(RuntimeError, match='remove "super_offload" from "offload_optimizer"'):
-        _ = optimizer.param_groups
+    pytest.importorskip("deepspeed")
+    params = quadratic([1.0], [2.0])
+    optimizer = ALTO(params)
+    for param in params:
+        param._z3_optimizer = type("SuperOffloadOptimizer_Stage3", (), {})()  # type: ignore[attr-defined]
+    assert len(optimizer.param_groups) == 1  # reading them raises nothing
+    message = 'remove "super_offload" from "offload_optimizer"'
+    with pytest.raises(RuntimeError, match=message):
+        (params[1] * 2).sum().backward()
+    (params[1] * 2).sum().backward()  # asked once; gradients flow as before
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+
+
+def test_arguments_that_step_does_not_know_are_refused() -> None:
+    with pytest.raises(TypeError, match="unexpected argument 'grad_scaler'"):
+        ALTO(quadratic([1.0])).step(grad_scaler=1)

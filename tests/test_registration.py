@@ -78,23 +78,45 @@ def test_alto_ds_run_names_what_is_missing() -> None:
         assert message in run.stderr
 
 
-@pytest.mark.parametrize("route", ["json", "class"])
-def test_trainer_trains_with_alto_on_two_ranks(tmp_path: Path, route: str) -> None:
+@pytest.fixture(scope="module")
+def trainer_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What runs of Trainer on 2 ranks left, by the README's routes."""
     pytest.importorskip("accelerate")
-    optimizer = None
-    if route == "json":
-        # Trainer insists that betas and eps in the JSON be Adam's: leave them to ALTO.
-        optimizer = {"type": "ALTO", "params": {"lr": "auto", "weight_decay": "auto", "alpha": -5}}
-    path = config(tmp_path, 2, optimizer, gradient_accumulation_steps="auto")
+    folder = tmp_path_factory.mktemp("trainer")
+    # Trainer insists that betas and eps in the JSON be Adam's: leave them to ALTO.
+    alto = {"type": "ALTO", "params": {"lr": "auto", "weight_decay": "auto", "alpha": -5}}
+    paths = []
+    for name, optimizer in (("json", alto), ("class", None)):
+        (folder / name).mkdir()
+        paths.append(config(folder / name, 2, optimizer, gradient_accumulation_steps="auto"))
     output = launcher.run(
-        2, "tests/scripts/train_with_trainer.py", route, path, str(tmp_path), folder=tmp_path
+        2, "tests/scripts/train_with_trainer.py", *paths, str(folder), folder=folder
     )
     found = re.search(r"RESULT (.*)", output)
     assert found, output[-3000:]
-    result = json.loads(found[1])
-    assert result["optimizer"] == "ALTO"
-    assert result["ranks"] == 2
+    return json.loads(found[1])
+
+
+@pytest.mark.parametrize("route", ["json", "class"])
+def test_trainer_trains_with_alto_on_two_ranks(trainer_runs: Any, route: str) -> None:
+    run = trainer_runs[route]
+    assert run["optimizer"] == "ALTO"
+    assert run["ranks"] == 2
+    assert run["layers"] == run["parameters"]
+    assert run["losses"][-1] < 0.8 * run["losses"][0]
+    assert not run["warnings"]
     # The JSON's route has one group; Trainer's own splits off what is not decayed.
-    assert result["groups"] == (1 if route == "json" else 2)
-    assert result["layers"] == result["parameters"]
-    assert result["losses"][-1] < 0.8 * result["losses"][0]
+    if route == "json":
+        assert run["groups"] == 1
+        assert run["scaled"] == run["layers"]
+    else:
+        assert run["groups"] == 2
+        assert run["scaled"] == [
+            name for name in run["layers"] if "bias" not in name and ".ln_" not in name
+        ]
+
+
+def test_with_trainers_own_weight_decay_of_0_all_layers_are_scaled(trainer_runs: Any) -> None:
+    run = trainer_runs["json, Trainer's own weight_decay"]
+    assert run["scaled"] == run["layers"] == run["parameters"]
+    assert len(run["warnings"]) == 1

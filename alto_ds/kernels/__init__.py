@@ -7,9 +7,9 @@ import importlib.util
 from typing import Any
 
 from alto_ds.kernels import cpu, reference
-from alto_ds.kernels.types import Batch, FragmentTable, Kernel, StepSizes
+from alto_ds.kernels.types import Batch, FragmentTable, Hyperparameters, Kernel
 
-__all__ = ["Batch", "FragmentTable", "Kernel", "StepSizes", "choose"]
+__all__ = ["Batch", "FragmentTable", "Hyperparameters", "Kernel", "choose"]
 
 
 def choose(batch: Batch) -> Kernel:

@@ -11,7 +11,7 @@
 
 #include <omp.h>
 
-// The four below mirror cpu.py.
+// The four types below mirror cpu.py and the columns of its tables.
 
 struct Tensors {  // addresses of one tensor's first elements
     int64_t param, grad, exp_avg_grad, exp_avg, exp_avg_sq;
@@ -27,12 +27,12 @@ struct Fragment {
 };
 
 struct Scalars {
-    double correction;  // α (1−β1)
+    double exploration;  // α (1−β1)
     double rate1, rate2, beta3, rate3;  // 1−β1, 1−β2, β3, 1−β3
     double scale2, scale3;  // 1 / (1−β2^k), 1 / (1−β3^k)
-    double eps, weight_decay;
-    double lr, adapt, eps2, eps3, clip_low, clip_high;
-    int64_t key;  // of the stochastic rounding
+    double eps1, weight_decay;
+    double lr, scaled, eps2, eps3, clip_low, clip_high;
+    int64_t rounding_key;
 };
 
 enum Types : int64_t { FLOAT, FLOAT_BF16_STATES, BF16, BF16_BF16_STATES, DOUBLE };
@@ -103,9 +103,9 @@ inline void round_to_nearest(float* x, int64_t n) {
     }
 }
 
-// Rounds s and m up or down by chance, to what bf16 can hold; see round_by_chance in reference.py.
+// Stochastic rounding of s and m to what bf16 can hold; see round_stochastically in reference.py.
 template <bool CORRECT>
-void round_by_chance(float* __restrict__ s, float* __restrict__ m, int64_t n, uint32_t start,
+void round_stochastically(float* __restrict__ s, float* __restrict__ m, int64_t n, uint32_t start,
                      uint32_t key) {
 #pragma omp simd
     for (int32_t i = 0; i < int32_t(n); ++i) {
@@ -118,16 +118,16 @@ void round_by_chance(float* __restrict__ s, float* __restrict__ m, int64_t n, ui
     }
 }
 
-// The scalars in the type of the arithmetic. Passed by value, for else the compiler must suppose
-// that storing a state changes them, and does not vectorise.
+// The scalars in the type of the arithmetic. Passed by value: of a reference the compiler must
+// assume that storing a state changes it, and does not vectorise.
 template <class T>
 struct Constants {
-    T correction, rate1, rate2, beta3, rate3, scale2, scale3, eps, weight_decay;
-    uint32_t key;
+    T exploration, rate1, rate2, beta3, rate3, scale2, scale3, eps1, weight_decay;
+    uint32_t rounding_key;
     explicit Constants(const Scalars& s)
-        : correction(T(s.correction)), rate1(T(s.rate1)), rate2(T(s.rate2)), beta3(T(s.beta3)),
-          rate3(T(s.rate3)), scale2(T(s.scale2)), scale3(T(s.scale3)), eps(T(s.eps)),
-          weight_decay(T(s.weight_decay)), key(uint32_t(s.key)) {}
+        : exploration(T(s.exploration)), rate1(T(s.rate1)), rate2(T(s.rate2)), beta3(T(s.beta3)),
+          rate3(T(s.rate3)), scale2(T(s.scale2)), scale3(T(s.scale3)), eps1(T(s.eps1)),
+          weight_decay(T(s.weight_decay)), rounding_key(uint32_t(s.rounding_key)) {}
 };
 
 template <bool CORRECT, class T>
@@ -139,7 +139,7 @@ void advance(const T* __restrict__ grad, T* __restrict__ exp_avg_grad, T* __rest
         if constexpr (CORRECT) {
             const T difference = g - exp_avg_grad[i];
             exp_avg_grad[i] = exp_avg_grad[i] + difference * c.rate1;
-            g = g + difference * c.correction;
+            g = g + difference * c.exploration;
         }
         exp_avg[i] = exp_avg[i] + (g - exp_avg[i]) * c.rate2;
         exp_avg_sq[i] = exp_avg_sq[i] * c.beta3 + g * g * c.rate3;
@@ -149,7 +149,7 @@ void advance(const T* __restrict__ grad, T* __restrict__ exp_avg_grad, T* __rest
 // r = m̂ / (√v̂ + ε1) + λθ
 template <class T>
 inline T update(T param, T exp_avg, T exp_avg_sq, const Constants<T>& c) {
-    const T denominator = std::sqrt(exp_avg_sq * c.scale3) + c.eps;
+    const T denominator = std::sqrt(exp_avg_sq * c.scale3) + c.eps1;
     return exp_avg * c.scale2 / denominator + param * c.weight_decay;
 }
 
@@ -228,7 +228,7 @@ struct Block {
             T* const m = averages.open(exp_avg + i, n);
             advance<CORRECT>(g, s, m, exp_avg_sq + i, n, c);
             if constexpr (std::is_same_v<S, bf16>)
-                round_by_chance<CORRECT>(s, m, n, start + uint32_t(i), c.key);
+                round_stochastically<CORRECT>(s, m, n, start + uint32_t(i), c.rounding_key);
             if constexpr (CORRECT) averages_of_grad.close(exp_avg_grad + i, n);
             averages.close(exp_avg + i, n);
             if (updates)
@@ -257,11 +257,12 @@ struct Block {
 
 // trust_ratio.py's trust_ratios()
 double trust_ratio(const Sums& sums, const Scalars& s) {
-    if (!s.adapt) return 1;
+    if (!s.scaled) return 1;
     const double phi = std::sqrt(sums.weight) + s.eps3;
     const double update_norm = std::sqrt(sums.update);
-    const bool positive = sums.weight > 0 && sums.update > 0;
-    const double ratio = positive ? phi / (update_norm + s.eps2 * phi) : 1;
+    const bool zero = sums.weight == 0 || sums.update == 0;
+    const double ratio = zero ? 1 : phi / (update_norm + s.eps2 * phi);
+    // In this order of arguments a NaN stays one.
     return std::min(std::max(ratio, s.clip_low), s.clip_high);
 }
 
@@ -269,7 +270,7 @@ int64_t blocks_of(const Fragment& f) { return (f.length + BLOCK - 1) / BLOCK; }
 
 // Calls `work(fragment, begin, block, to_come)` for this thread's share of all blocks of the
 // fragments: `to_come` blocks of it come after this one. A thread gets the same share again,
-// backwards, when it shall find in its cache what it left there.
+// backwards, so that it finds in its cache what it left there.
 template <class F>
 void for_my_blocks(const Fragment* first, const Fragment* last, bool backwards, const F& work) {
     int64_t blocks = 0;

@@ -6,16 +6,20 @@ folder ``TORCH_EXTENSIONS_DIR``.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
+import os
+import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from alto_ds.kernels.types import Batch, StepSizes
+from alto_ds.kernels.types import Batch, Hyperparameters
 
 # Dtypes of parameters, of s and m, and of v; the values are those of `Types` in cpu.cpp.
 _FLOAT, _BF16, _DOUBLE = torch.float32, torch.bfloat16, torch.float64
@@ -27,10 +31,13 @@ _TYPES = {
     (_DOUBLE, _DOUBLE, _DOUBLE): 4,
 }
 
+_SOURCE = Path(__file__).with_suffix(".cpp")
+
 # No -ffast-math: states must come out as the reference's. The last two let the compiler vectorise
 # square roots.
 _FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-ffp-contract=off"]
 _FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
+_LINKER_FLAGS = ["-fopenmp"]
 _FLAGS_OF_CAPABILITY = {
     "AVX2": ["-mavx2"],
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
@@ -38,34 +45,44 @@ _FLAGS_OF_CAPABILITY = {
 
 
 class _Scalars(ctypes.Structure):
+    """``Scalars`` in cpu.cpp, field by field."""
+
     _fields_ = [
-        *[(f"_{i}", ctypes.c_double) for i in range(15)],
-        ("noise_key", ctypes.c_int64),
+        *(
+            (name, ctypes.c_double)
+            for name in (
+                *("exploration", "rate1", "rate2", "beta3", "rate3", "scale2", "scale3"),
+                *("eps1", "weight_decay", "lr", "scaled", "eps2", "eps3", "clip_low", "clip_high"),
+            )
+        ),
+        ("rounding_key", ctypes.c_int64),
     ]
 
 
 def supports(batch: Batch) -> bool:
     """Whether the batch's dtypes are among those compiled for, and a compiler was found."""
-    return batch.dtypes() in _TYPES and _library() is not None
+    param, _, _ = batch.dtypes()
+    same = all(grad.dtype == param for grad in batch.grads)
+    return same and batch.dtypes() in _TYPES and _library() is not None
 
 
-def update_states(batch: Batch, sizes: StepSizes, sums: Tensor) -> None:
+def update_states(batch: Batch, hyper: Hyperparameters, sums: Tensor) -> None:
     """Pass 1, and pass 2 of layers that are whole, while their states are in the cache."""
-    _call("alto_update_states", batch, sizes, sums)
+    _call("alto_update_states", batch, hyper, sums)
 
 
-def apply_update(batch: Batch, sizes: StepSizes, step_sizes: Tensor) -> None:
+def apply_update(batch: Batch, hyper: Hyperparameters, step_sizes: Tensor) -> None:
     """Pass 2 of the fragments that are not whole layers."""
-    if not batch.fragments.rows[:, -1].all():
-        _call("alto_apply_update", batch, sizes, step_sizes)
+    if not batch.fragments.column("whole").all():
+        _call("alto_apply_update", batch, hyper, step_sizes)
 
 
-def _call(function: str, batch: Batch, sizes: StepSizes, of_layers: Tensor) -> None:
+def _call(function: str, batch: Batch, hyper: Hyperparameters, of_layers: Tensor) -> None:
     rows = batch.fragments.rows
     columns = (
         batch.params,
         batch.grads,
-        batch.exp_avg_grads if sizes.alpha else None,
+        batch.exp_avg_grads if hyper.alpha else None,
         batch.exp_avgs,
         batch.exp_avg_sqs,
     )
@@ -78,45 +95,81 @@ def _call(function: str, batch: Batch, sizes: StepSizes, of_layers: Tensor) -> N
         ctypes.c_void_p(addresses.data_ptr()),
         ctypes.c_void_p(rows.data_ptr()),
         ctypes.c_int64(len(rows)),
-        ctypes.byref(_scalars(sizes)),
+        ctypes.byref(_scalars(hyper)),
         ctypes.c_void_p(of_layers.data_ptr()),
         ctypes.c_int64(torch.get_num_threads()),
     )
 
 
-def _scalars(sizes: StepSizes) -> _Scalars:
-    eps1, eps2, eps3 = sizes.eps
-    low, high = sizes.trust_clip or (0.0, math.inf)
+def _scalars(hyper: Hyperparameters) -> _Scalars:
+    eps1, eps2, eps3 = hyper.eps
+    low, high = hyper.trust_clip or (0.0, math.inf)
     return _Scalars(
-        *(sizes.alpha * (1 - sizes.beta1), 1 - sizes.beta1, 1 - sizes.beta2),
-        *(sizes.beta3, 1 - sizes.beta3, 1 / sizes.correction2, 1 / sizes.correction3),
-        *(eps1, sizes.weight_decay),
-        *(float(sizes.lr), float(sizes.adapt), eps2, eps3, low, high),
-        sizes.noise_key,
+        exploration=hyper.alpha * (1 - hyper.beta1),
+        rate1=1 - hyper.beta1,
+        rate2=1 - hyper.beta2,
+        beta3=hyper.beta3,
+        rate3=1 - hyper.beta3,
+        scale2=1 / hyper.bias_correction2,
+        scale3=1 / hyper.bias_correction3,
+        eps1=eps1,
+        weight_decay=hyper.weight_decay,
+        lr=float(hyper.lr),
+        scaled=float(hyper.scaled),
+        eps2=eps2,
+        eps3=eps3,
+        clip_low=low,
+        clip_high=high,
+        rounding_key=hyper.rounding_key,
     )
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled kernel; None, with one warning, where there is no compiler."""
+    """The compiled kernel; None, with one warning, where it cannot be compiled."""
+    if not _SOURCE.is_file():
+        _warn(
+            f"has no source of its kernel for CPUs ({_SOURCE} is missing)",
+            "Install alto-ds again, from a complete wheel or checkout.",
+        )
+        return None
     from torch.utils import cpp_extension  # takes longer to import than all of alto_ds
 
     # The processor is in the name, for nodes of several kinds may share the folder.
     capability = torch.backends.cpu.get_cpu_capability()
     try:
-        path = cpp_extension.load(
-            name="alto_ds_cpu_" + capability.lower().replace(" ", "_"),
-            sources=[str(Path(__file__).with_suffix(".cpp"))],
-            extra_cflags=_FLAGS + _FLAGS_OF_CAPABILITY.get(capability, []),
-            extra_ldflags=["-fopenmp"],
-            is_python_module=False,
-        )
+        with _ninja_on_path():
+            path = cpp_extension.load(
+                name="alto_ds_cpu_" + capability.lower().replace(" ", "_"),
+                sources=[str(_SOURCE)],
+                extra_cflags=_FLAGS + _FLAGS_OF_CAPABILITY.get(capability, []),
+                extra_ldflags=_LINKER_FLAGS,
+                is_python_module=False,
+            )
         return ctypes.CDLL(path)
     except (RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        warnings.warn(
-            f"alto_ds could not compile its kernel for CPUs ({reason}) and uses PyTorch's "
-            "operations, which take several times as long. Install a C++ compiler and ninja.",
-            stacklevel=2,
+        _warn(
+            f"could not compile its kernel for CPUs ({reason})",
+            "Install a C++ compiler, such as g++, and ninja.",
         )
         return None
+
+
+@contextlib.contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """Let PATH lead to this environment's ninja, which it does not where none is activated."""
+    before = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = os.pathsep.join([before, str(Path(sys.executable).parent)])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
+def _warn(problem: str, remedy: str) -> None:
+    warnings.warn(
+        f"alto_ds {problem} and uses PyTorch's operations, which take several times as long. "
+        f"{remedy}",
+        stacklevel=4,
+    )

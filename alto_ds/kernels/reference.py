@@ -15,75 +15,78 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alto_ds.kernels.types import Batch, StepSizes
+from alto_ds.kernels.types import Batch, Hyperparameters
 
 _32_BITS = 0xFFFFFFFF
 
 
-def update_states(batch: Batch, sizes: StepSizes, sums: Tensor) -> None:
+def update_states(batch: Batch, hyper: Hyperparameters, sums: Tensor) -> None:
     """Pass 1; see :class:`alto_ds.kernels.types.Kernel`."""
-    for tensor, offset, length, start, layer, _ in batch.fragments.rows.tolist():
-        _advance(batch, tensor, slice(offset, offset + length), start, sizes)
-        param, exp_avg, exp_avg_sq = _views(batch, tensor, slice(offset, offset + length))
-        sums[layer] += torch.stack(
+    for f in batch.fragments.fragments():
+        part = slice(f.offset, f.offset + f.length)
+        _advance(batch, f.tensor, part, f.start, hyper)
+        param, exp_avg, exp_avg_sq = _views(batch, f.tensor, part)
+        sums[f.layer] += torch.stack(
             [
                 _sum_of_squares(param, sums.dtype),
-                _sum_of_squares(_update(param, exp_avg, exp_avg_sq, sizes), sums.dtype),
+                _sum_of_squares(_update(param, exp_avg, exp_avg_sq, hyper), sums.dtype),
             ]
         )
 
 
-def apply_update(batch: Batch, sizes: StepSizes, step_sizes: Tensor) -> None:
+def apply_update(batch: Batch, hyper: Hyperparameters, step_sizes: Tensor) -> None:
     """Pass 2; see :class:`alto_ds.kernels.types.Kernel`."""
-    for tensor, offset, length, _, layer, _ in batch.fragments.rows.tolist():
-        part = slice(offset, offset + length)
-        update = _update(*_views(batch, tensor, part), sizes)
-        _part(batch.params[tensor], part).sub_(update.mul_(step_sizes[layer]))
+    for f in batch.fragments.fragments():
+        part = slice(f.offset, f.offset + f.length)
+        update = _update(*_views(batch, f.tensor, part), hyper)
+        _part(batch.params[f.tensor], part).sub_(update.mul_(step_sizes[f.layer]))
 
 
-def _advance(batch: Batch, tensor: int, part: slice, start: int, sizes: StepSizes) -> None:
+def _advance(batch: Batch, tensor: int, part: slice, start: int, hyper: Hyperparameters) -> None:
     exp_avg_sq = _part(batch.exp_avg_sqs[tensor], part)
     dtype = exp_avg_sq.dtype
     grad = _part(batch.grads[tensor], part).to(dtype)
     exp_avg_grad = None
-    if sizes.alpha:
+    if hyper.alpha:
         exp_avg_grad = _part(batch.exp_avg_grads[tensor], part).to(dtype, copy=True)
         difference = grad - exp_avg_grad
-        exp_avg_grad += difference * (1 - sizes.beta1)
-        grad = grad + difference * (sizes.alpha * (1 - sizes.beta1))
+        exp_avg_grad += difference * (1 - hyper.beta1)
+        grad = grad + difference * (hyper.alpha * (1 - hyper.beta1))
     exp_avg = _part(batch.exp_avgs[tensor], part).to(dtype, copy=True)
-    exp_avg += (grad - exp_avg) * (1 - sizes.beta2)
-    exp_avg_sq.mul_(sizes.beta3).add_((grad * grad).mul_(1 - sizes.beta3))
+    exp_avg += (grad - exp_avg) * (1 - hyper.beta2)
+    exp_avg_sq.mul_(hyper.beta3).add_((grad * grad).mul_(1 - hyper.beta3))
 
     if batch.exp_avgs[tensor].dtype == torch.bfloat16:
-        exp_avg_grad, exp_avg = round_by_chance(exp_avg_grad, exp_avg, start, sizes.noise_key)
+        exp_avg_grad, exp_avg = round_stochastically(
+            exp_avg_grad, exp_avg, start, hyper.rounding_key
+        )
     if exp_avg_grad is not None:
         _part(batch.exp_avg_grads[tensor], part).copy_(exp_avg_grad)
     _part(batch.exp_avgs[tensor], part).copy_(exp_avg)
 
 
-def round_by_chance(
+def round_stochastically(
     exp_avg_grad: Tensor | None, exp_avg: Tensor, start: int, key: int
 ) -> tuple[Tensor | None, Tensor]:
-    """Round float32 states to what bfloat16 holds, up or down by chance, right in the mean.
+    """Stochastic rounding of states to what bfloat16 holds, right in the mean.
 
     To the bits of a number a random one of sixteen bits is added before the lower sixteen are cut
     off. The random number is a hash of the element's place in its layer, of the values themselves
     and of ``key``, so that it does not depend on how layers are cut or on which rank holds them.
 
     Args:
-        exp_avg_grad: s, or None where α is 0.
-        exp_avg: m.
+        exp_avg_grad: s, of any float dtype, taken as float32; None where α is 0.
+        exp_avg: m, likewise.
         start: place of the first element in the flattened layer.
         key: 32 random bits, new in every step.
 
     Returns:
         s and m, float32.
     """
-    m_bits = exp_avg.view(torch.int32).to(torch.int64) & _32_BITS
+    m_bits = exp_avg.float().view(torch.int32).to(torch.int64) & _32_BITS
     s_bits = torch.zeros_like(m_bits)
     if exp_avg_grad is not None:
-        s_bits = exp_avg_grad.view(torch.int32).to(torch.int64) & _32_BITS
+        s_bits = exp_avg_grad.float().view(torch.int32).to(torch.int64) & _32_BITS
     place = torch.arange(start, start + exp_avg.numel(), device=exp_avg.device) & _32_BITS
     x = (place * 0x9E3779B9 + key).reshape(exp_avg.shape)
     x = (x ^ s_bits ^ (m_bits << 15)) & _32_BITS
@@ -95,11 +98,11 @@ def round_by_chance(
     return ((s_bits + (x >> 16)) & 0xFFFF0000).to(torch.int32).view(torch.float32), m
 
 
-def _update(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, sizes: StepSizes) -> Tensor:
+def _update(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Hyperparameters) -> Tensor:
     """Return ``r = m̂ / (√v̂ + ε1) + λθ``."""
-    denominator = (exp_avg_sq * (1 / sizes.correction3)).sqrt_().add_(sizes.eps[0])
-    update = (exp_avg * (1 / sizes.correction2)).div_(denominator)
-    return update.add_(param * sizes.weight_decay)
+    denominator = (exp_avg_sq * (1 / hyper.bias_correction3)).sqrt_().add_(hyper.eps[0])
+    update = (exp_avg * (1 / hyper.bias_correction2)).div_(denominator)
+    return update.add_(param * hyper.weight_decay)
 
 
 def _views(batch: Batch, tensor: int, part: slice) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,14 +14,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alto_ds.kernels.types import Batch, FragmentTable, StepSizes
+from alto_ds.kernels.types import Batch, FragmentTable, Hyperparameters
 
 _BLOCK = 2048  # elements of one program
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _TYPE_OF = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
+# Columns of the table of fragments.
+_COLUMNS = tl.constexpr(len(FragmentTable.COLUMNS))
+_TENSOR = tl.constexpr(FragmentTable.COLUMNS.index("tensor"))
+_OFFSET = tl.constexpr(FragmentTable.COLUMNS.index("offset"))
+_LENGTH = tl.constexpr(FragmentTable.COLUMNS.index("length"))
+_START = tl.constexpr(FragmentTable.COLUMNS.index("start"))
+_LAYER = tl.constexpr(FragmentTable.COLUMNS.index("layer"))
+
 # Not specialised on the values of numbers that differ from step to step: that would compile anew.
-_VARYING = ["noise_key", "rate1", "correction", "scale2", "scale3"]
+_VARYING = ["rounding_key", "rate1", "exploration", "scale2", "scale3"]
 
 
 def supports(batch: Batch) -> bool:
@@ -35,24 +43,24 @@ def supports(batch: Batch) -> bool:
     )
 
 
-def update_states(batch: Batch, sizes: StepSizes, sums: Tensor) -> None:
+def update_states(batch: Batch, hyper: Hyperparameters, sums: Tensor) -> None:
     """Pass 1; see :class:`alto_ds.kernels.types.Kernel`."""
     table = _on_device(batch.fragments, sums.device)
     if not len(table["blocks"]):
         return
-    addresses = _addresses(batch, sizes)
+    addresses = _addresses(batch, hyper)
     with torch.accelerator.device_index(sums.device.index):
         _update_states[(len(table["blocks"]),)](
             *(addresses, table["fragments"], table["blocks"], table["partial_sums"]),
-            correction=sizes.alpha * (1 - sizes.beta1),
-            rate1=1 - sizes.beta1,
-            rate2=1 - sizes.beta2,
-            beta3=sizes.beta3,
-            rate3=1 - sizes.beta3,
-            noise_key=sizes.noise_key - 2**31,  # always an int32
-            **_common(batch, sizes),
+            exploration=hyper.alpha * (1 - hyper.beta1),
+            rate1=1 - hyper.beta1,
+            rate2=1 - hyper.beta2,
+            beta3=hyper.beta3,
+            rate3=1 - hyper.beta3,
+            rounding_key=hyper.rounding_key - 2**31,  # always an int32
+            **_common(batch, hyper),
             GRAD=_TYPE_OF[batch.grads[0].dtype],
-            CORRECT=sizes.alpha != 0,
+            CORRECT=hyper.alpha != 0,
             enable_fp_fusion=False,
         )
         _add_blocks[(len(table["fragments"]),)](
@@ -60,27 +68,27 @@ def update_states(batch: Batch, sizes: StepSizes, sums: Tensor) -> None:
         )
 
 
-def apply_update(batch: Batch, sizes: StepSizes, step_sizes: Tensor) -> None:
+def apply_update(batch: Batch, hyper: Hyperparameters, step_sizes: Tensor) -> None:
     """Pass 2; see :class:`alto_ds.kernels.types.Kernel`."""
     table = _on_device(batch.fragments, step_sizes.device)
     if not len(table["blocks"]):
         return
-    addresses = _addresses(batch, sizes)
+    addresses = _addresses(batch, hyper)
     with torch.accelerator.device_index(step_sizes.device.index):
         _apply_update[(len(table["blocks"]),)](
             *(addresses, table["fragments"], table["blocks"], step_sizes),
-            **_common(batch, sizes),
+            **_common(batch, hyper),
             enable_fp_fusion=False,
         )
 
 
-def _common(batch: Batch, sizes: StepSizes) -> dict[str, Any]:
+def _common(batch: Batch, hyper: Hyperparameters) -> dict[str, Any]:
     param, exp_avg, _ = batch.dtypes()
     return {
-        "scale2": 1 / sizes.correction2,
-        "scale3": 1 / sizes.correction3,
-        "eps": sizes.eps[0],
-        "weight_decay": sizes.weight_decay,
+        "scale2": 1 / hyper.bias_correction2,
+        "scale3": 1 / hyper.bias_correction3,
+        "eps": hyper.eps[0],
+        "weight_decay": hyper.weight_decay,
         "PARAM": _TYPE_OF[param],
         "STATE": _TYPE_OF[exp_avg],
         "BLOCK": _BLOCK,
@@ -91,13 +99,12 @@ def _common(batch: Batch, sizes: StepSizes) -> dict[str, Any]:
 def _on_device(fragments: FragmentTable, device: torch.device) -> dict[str, Tensor]:
     """The table on the device, with which block belongs to which fragment; made once."""
     if "fragments" not in fragments.on_device:
-        rows = fragments.rows
-        blocks = (rows[:, 2] + _BLOCK - 1) // _BLOCK
+        blocks = (fragments.column("length") + _BLOCK - 1) // _BLOCK
         first = torch.cumsum(blocks, 0) - blocks
-        owner = torch.repeat_interleave(torch.arange(len(rows)), blocks)
+        owner = torch.repeat_interleave(torch.arange(len(blocks)), blocks)
         begin = (torch.arange(len(owner)) - first[owner]) * _BLOCK
         fragments.on_device |= {
-            "fragments": rows.to(device),
+            "fragments": fragments.rows.to(device),
             "blocks": torch.stack([owner, begin], 1).to(device),
             "first_blocks": torch.stack([first, first + blocks], 1).to(device),
             "partial_sums": torch.empty(len(owner), 2, dtype=torch.float64, device=device),
@@ -105,12 +112,12 @@ def _on_device(fragments: FragmentTable, device: torch.device) -> dict[str, Tens
     return fragments.on_device
 
 
-def _addresses(batch: Batch, sizes: StepSizes) -> Tensor:
+def _addresses(batch: Batch, hyper: Hyperparameters) -> Tensor:
     """``[tensors, 5]``: where each tensor's θ, g, s, m and v begin, on the device.
 
     Copied again only where a tensor has moved, from pinned memory, so that nothing waits.
     """
-    s_or_m = batch.exp_avg_grads if sizes.alpha else batch.exp_avgs
+    s_or_m = batch.exp_avg_grads if hyper.alpha else batch.exp_avgs
     columns = (batch.params, batch.grads, s_or_m, batch.exp_avgs, batch.exp_avg_sqs)
     rows = [list(row) for row in zip(*([t.data_ptr() for t in c] for c in columns), strict=True)]
     known = batch.fragments.addresses
@@ -149,12 +156,12 @@ def _update_states(
     fragments,
     blocks,
     partial_sums,
-    correction,
+    exploration,
     rate1,
     rate2,
     beta3,
     rate3,
-    noise_key,
+    rounding_key,
     scale2,
     scale3,
     eps,
@@ -166,12 +173,12 @@ def _update_states(
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0)
-    fragment = fragments + 6 * tl.load(blocks + 2 * block)
+    fragment = fragments + _COLUMNS * tl.load(blocks + 2 * block)
     begin = tl.load(blocks + 2 * block + 1)
-    tensor = tl.load(fragment)
+    tensor = tl.load(fragment + _TENSOR)
     place = begin + tl.arange(0, BLOCK)
-    mask = place < tl.load(fragment + 2)
-    at = tl.load(fragment + 1) + place
+    mask = place < tl.load(fragment + _LENGTH)
+    at = tl.load(fragment + _OFFSET) + place
 
     param = tl.load(_pointer(addresses, tensor, 0, PARAM) + at, mask, 0.0).to(tl.float32)
     grad = tl.load(_pointer(addresses, tensor, 1, GRAD) + at, mask, 0.0).to(tl.float32)
@@ -186,14 +193,14 @@ def _update_states(
         exp_avg_grad = tl.load(exp_avg_grads, mask, 0.0).to(tl.float32)
         difference = grad - exp_avg_grad
         exp_avg_grad = exp_avg_grad + difference * rate1
-        grad = grad + difference * correction
+        grad = grad + difference * exploration
     exp_avg = exp_avg + (grad - exp_avg) * rate2
     exp_avg_sq = exp_avg_sq * beta3 + grad * grad * rate3
 
-    if tl.bfloat16 == STATE:  # round_by_chance in reference.py
+    if tl.bfloat16 == STATE:  # round_stochastically() in reference.py
         s_bits, m_bits = _bits(exp_avg_grad), _bits(exp_avg)
-        x = (tl.load(fragment + 3) + place).to(tl.uint32) * 0x9E3779B9 + (
-            noise_key.to(tl.uint32) ^ 0x80000000
+        x = (tl.load(fragment + _START) + place).to(tl.uint32) * 0x9E3779B9 + (
+            rounding_key.to(tl.uint32) ^ 0x80000000
         )
         x = (x ^ s_bits ^ (m_bits << 15)) * 0x7FEB352D
         x = x ^ (x >> 16)
@@ -221,8 +228,8 @@ def _add_blocks(fragments, first_blocks, partial_sums, sums, BLOCKS: tl.constexp
         block = begin + tl.arange(0, BLOCKS)
         weight += tl.load(partial_sums + 2 * block, block < end, 0.0)
         change += tl.load(partial_sums + 2 * block + 1, block < end, 0.0)
-    # A layer has one fragment in a batch, so no other program writes here.
-    layer = tl.load(fragments + 6 * fragment + 4)
+    # A layer has at most one fragment on a rank, so no other program writes here.
+    layer = tl.load(fragments + _COLUMNS * fragment + _LAYER)
     sums += 2 * layer
     tl.store(sums, tl.load(sums) + tl.sum(weight))
     tl.store(sums + 1, tl.load(sums + 1) + tl.sum(change))
@@ -243,12 +250,12 @@ def _apply_update(
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0)
-    fragment = fragments + 6 * tl.load(blocks + 2 * block)
-    tensor = tl.load(fragment)
+    fragment = fragments + _COLUMNS * tl.load(blocks + 2 * block)
+    tensor = tl.load(fragment + _TENSOR)
     place = tl.load(blocks + 2 * block + 1) + tl.arange(0, BLOCK)
-    mask = place < tl.load(fragment + 2)
-    at = tl.load(fragment + 1) + place
-    step_size = tl.load(step_sizes + tl.load(fragment + 4)).to(tl.float32)
+    mask = place < tl.load(fragment + _LENGTH)
+    at = tl.load(fragment + _OFFSET) + place
+    step_size = tl.load(step_sizes + tl.load(fragment + _LAYER)).to(tl.float32)
 
     params = _pointer(addresses, tensor, 0, PARAM) + at
     param = tl.load(params, mask, 0.0).to(tl.float32)

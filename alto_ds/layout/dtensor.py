@@ -16,15 +16,20 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 
-def groups_of(param: torch.Tensor) -> tuple[ProcessGroup, ...]:
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is a DTensor, told without an import."""
+    return hasattr(tensor, "device_mesh")
+
+
+def groups_of(param: torch.Tensor, name: str) -> tuple[ProcessGroup, ...]:
     """The groups along those dimensions of the mesh that cut ``param``; none if it is no DTensor.
 
     Added over one after the other, the squares of the local parts become those of the whole: two
     dimensions of a mesh may cut the same dimension of the tensor or different ones.
     """
-    mesh: Any = getattr(param, "device_mesh", None)
-    if mesh is None:
+    if not is_dtensor(param):
         return ()
+    mesh: Any = getattr(param, "device_mesh")  # noqa: B009  unknown to mypy
     placements: Any = getattr(param, "placements")  # noqa: B009  unknown to mypy
     groups = [
         mesh.get_group(dim)
@@ -39,7 +44,7 @@ def start_of(param: Any) -> int:
 
     0 for parts that are no range, cut along an inner dimension.
     """
-    if not hasattr(param, "device_mesh"):
+    if not is_dtensor(param):
         return 0
     utils: Any = sys.modules["torch.distributed.tensor"]._utils
     _, offset = utils.compute_local_shape_and_global_offset(
@@ -50,7 +55,7 @@ def start_of(param: Any) -> int:
 
 def local(tensor: Any) -> torch.Tensor:
     """This rank's part of a parameter or state: a view, and the tensor itself if it is plain."""
-    return tensor.to_local() if hasattr(tensor, "device_mesh") else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def local_grad(param: Any) -> torch.Tensor:
@@ -60,6 +65,6 @@ def local_grad(param: Any) -> torch.Tensor:
     (LayerNorm under ``SequenceParallel``). All ranks of the mesh must then call this together.
     """
     grad = param.grad
-    if hasattr(param, "device_mesh") and grad.placements != param.placements:
+    if is_dtensor(param) and grad.placements != param.placements:
         grad = grad.redistribute(param.device_mesh, param.placements)
     return local(grad)

@@ -1,9 +1,10 @@
-"""Layers, fragments and layouts: plain data that describes how a tensor is sharded."""
+"""Layers, fragments and layouts: plain data that describes how a parameter group is sharded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.distributed import ProcessGroup
@@ -27,40 +28,58 @@ class Layer:
     groups: tuple[ProcessGroup, ...] = ()
 
 
-@dataclass(frozen=True)
-class Fragment:
+class Fragment(NamedTuple):
     """A contiguous range of one layer inside a tensor.
 
     Attributes:
-        layer: index into :attr:`Layout.layers`.
-        start: first element of the range, counted in the flattened layer.
-        length: number of elements.
+        tensor: index into the tensors of the parameter group.
         offset: where the range begins, counted in the flattened tensor.
+        length: number of elements.
+        start: first element of the range, counted in the flattened layer.
+        layer: index into :attr:`Layout.layers`.
         whole: the range is the whole layer; no other rank has a part of it.
     """
 
-    layer: int
-    start: int
-    length: int
+    tensor: int
     offset: int
-    whole: bool = False
+    length: int
+    start: int
+    layer: int
+    whole: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """What one tensor of an optimizer holds.
+    """What the tensors of one parameter group hold when ``step()`` is called.
 
-    Elements of the tensor that lie in no fragment are padding: they are never read or written.
+    Elements that lie in no fragment are padding: they are never read or written.
 
     Attributes:
-        layers: every layer that has a part of this tensor *on any rank*, in an order that is the
-            same on all ranks. A rank may hold no fragment of some of them, or of all.
-        fragments: the ranges that are in this rank's tensor.
-        master_copy: the tensor is a wrapper's copy of one whole parameter.
-        fp32_states: the wrapper can keep states only in float32.
+        layers: every layer that is in this group's tensors *on any rank*, in an order that is the
+            same on all ranks. All of them take part in the collective, also on a rank that holds
+            no fragment of some of them, or no tensor at all.
+        fragments: the ranges that are in this rank's tensors, at most one of each layer.
+        master_copy: tensor i is a wrapper's copy of the parameter that is layer i.
     """
 
-    layers: tuple[Layer, ...]
-    fragments: tuple[Fragment, ...]
+    layers: tuple[Layer, ...] = ()
+    fragments: tuple[Fragment, ...] = ()
     master_copy: bool = False
-    fp32_states: bool = False
+
+
+class Framework(NamedTuple):
+    """What one way of sharding knows; either answer may be missing.
+
+    Attributes:
+        resolve: ``(tensors, params, names) -> Layout | None``, which ranges of which layers are in
+            a group's tensors; see :func:`alto_ds.layout.resolve`. None is returned where the
+            tensors are not of this framework. A fragment is marked as whole where it is all of
+            the model's parameter on this rank.
+        groups_of: ``(param, name) -> process groups``, whose ranks hold the other parts of what is
+            one parameter of this rank's model; empty where it is whole.
+    """
+
+    resolve: (
+        Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor], Names], Layout | None] | None
+    ) = None
+    groups_of: Callable[[torch.Tensor, str], tuple[ProcessGroup, ...]] | None = None

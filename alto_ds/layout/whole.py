@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from alto_ds.layout import dtensor, tensor_parallel
+from alto_ds.layout import dtensor
 from alto_ds.layout.types import Fragment, Layer, Layout, Names
 
 # Attributes of FSDP1's flat parameters, and of the parameters that it shows in their place.
@@ -21,12 +21,13 @@ _FSDP1_MARKS = ("_is_flat_param", "_fsdp_flattened")
 
 def resolve(
     tensors: Sequence[torch.Tensor], params: Sequence[torch.Tensor], names: Names
-) -> list[Layout] | None:
+) -> Layout | None:
     """See :func:`alto_ds.layout.resolve`; None where a tensor is neither parameter nor copy."""
     owners = _owners(tensors, params)
     if owners is None:
         return None
-    for tensor, param in zip(tensors, owners, strict=True):
+    layers, fragments = [], []
+    for index, (tensor, param) in enumerate(zip(tensors, owners, strict=True)):
         if any(hasattr(tensor, mark) for mark in _FSDP1_MARKS):
             raise RuntimeError(
                 f"alto_ds does not support parameter {names[param]}, which "
@@ -34,9 +35,13 @@ def resolve(
                 "part of several layers. Use torch.distributed.fsdp.fully_shard (FSDP2), "
                 "DistributedDataParallel or DeepSpeed's ZeRO."
             )
-    return [
-        _layout(tensor, param, names[param]) for tensor, param in zip(tensors, owners, strict=True)
-    ]
+        # Hugging Face Accelerate puts DTensors in place of plain parameters.
+        layers.append(Layer(tensor if dtensor.is_dtensor(tensor) else param, names[param]))
+        length, start = dtensor.local(tensor).numel(), dtensor.start_of(tensor)
+        if length:
+            fragments.append(Fragment(index, 0, length, start, index, whole=True))
+    copies = any(a is not b for a, b in zip(tensors, owners, strict=True))
+    return Layout(tuple(layers), tuple(fragments), master_copy=copies)
 
 
 def _owners(
@@ -50,17 +55,3 @@ def _owners(
         if [p.shape for p in owners] == [tensor.shape for tensor in tensors]:
             return owners
     return None
-
-
-def _layout(tensor: torch.Tensor, param: torch.Tensor, name: str) -> Layout:
-    # By the tensor, for Hugging Face Accelerate puts DTensors in place of plain parameters.
-    groups = (*dtensor.groups_of(tensor), *tensor_parallel.groups_of(param, name))
-    length = dtensor.local(tensor).numel()
-    fragment = Fragment(
-        layer=0, start=dtensor.start_of(tensor), length=length, offset=0, whole=not groups
-    )
-    return Layout(
-        layers=(Layer(param, name, groups),),
-        fragments=(fragment,) if length else (),
-        master_copy=tensor is not param,
-    )

@@ -1,1 +1,1 @@
-"""Pre-training of GPT-2 from a DeepSpeed JSON; ``examples/pretrain_gpt2.py`` is its command."""
+"""Pre-training of GPT-2 from a DeepSpeed JSON: ``python -m alto_ds.pretrain`` on every rank."""

@@ -10,21 +10,14 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-# The sizes of GPT-2 (Radford et al., 2019) by their names on the Hugging Face hub, and one that
-# learns on a CPU within minutes.
-SIZES: dict[str, dict[str, int]] = {
-    "gpt2-tiny": {"n_layer": 2, "n_embd": 128, "n_head": 4, "n_positions": 128},
-    "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12},
-    "gpt2-medium": {"n_layer": 24, "n_embd": 1024, "n_head": 16},
-    "gpt2-large": {"n_layer": 36, "n_embd": 1280, "n_head": 20},
-    "gpt2-xl": {"n_layer": 48, "n_embd": 1600, "n_head": 25},
-}
+from alto_ds.pretrain.settings import SIZES, ModelSettings
 
 
-def model_config(name: str, tokenizer: Any, dropout: float) -> GPT2Config:
-    """The configuration of the model ``name`` for a tokenizer."""
+def model_config(settings: ModelSettings, tokenizer: Any) -> GPT2Config:
+    """The configuration of the model that the settings name, for a tokenizer."""
+    dropout = settings.dropout
     return GPT2Config(
-        **SIZES[name],
+        **SIZES[settings.model],
         # Rows in multiples of 64 make faster matrix products on GPUs; no token uses the rest.
         vocab_size=-(-len(tokenizer) // 64) * 64,
         resid_pdrop=dropout,
@@ -50,7 +43,8 @@ def make_model(config: GPT2Config, seed: int) -> GPT2LMHeadModel:
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Matrices and embeddings as the JSON says; biases and LayerNorms without weight decay.
 
-    Without weight decay ALTO applies no trust ratio either, which is the authors' rule.
+    Beside decayed layers ALTO scales none that are not decayed: the authors' rule. Where the JSON
+    says ``"weight_decay": 0`` no layer is decayed, and ALTO then scales all, with a warning.
     """
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []

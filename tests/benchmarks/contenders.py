@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from alto_ds import ALTO
-from alto_ds.layout import Layer, Layout, resolve
+from alto_ds.layout import Layout, resolve
 
 SIZES = {"gpt2": (12, 768), "gpt2-medium": (24, 1024)}  # blocks, hidden size
 
@@ -44,13 +44,17 @@ def make_params(shapes: Iterable[tuple[int, ...]], device: str = "cpu") -> list[
     return params
 
 
-def cut(optimizer: ALTO, params: Iterable[nn.Parameter]) -> ALTO:
-    """Let ``optimizer`` take each layer for one that another rank has a part of."""
-    for param in params:
-        (layout,) = resolve([param], [param], {param: "layer"})
-        fragments = tuple(dataclasses.replace(f, whole=False) for f in layout.fragments)
-        optimizer._layouts[param] = Layout((Layer(param, "layer"),), fragments)
+def with_layout(optimizer: ALTO, layout: Layout) -> ALTO:
+    """Give the one parameter group of ``optimizer`` a layout that its tensors do not tell."""
+    optimizer._layout = lambda group: layout  # type: ignore[method-assign]
     return optimizer
+
+
+def cut(optimizer: ALTO, params: Sequence[nn.Parameter]) -> ALTO:
+    """Let ``optimizer`` take each layer for one that another rank has a part of."""
+    layout = resolve(params, params, dict.fromkeys(params, "layer"))
+    fragments = tuple(f._replace(whole=False) for f in layout.fragments)
+    return with_layout(optimizer, dataclasses.replace(layout, fragments=fragments))
 
 
 def timm_lamb() -> Any:

@@ -20,7 +20,14 @@ from torch import nn
 
 from alto_ds import ALTO
 from alto_ds.layout import Fragment, Layer, Layout, resolve
-from tests.benchmarks.contenders import arguments, gpt2_shapes, make_params, take_turns, write
+from tests.benchmarks.contenders import (
+    arguments,
+    gpt2_shapes,
+    make_params,
+    take_turns,
+    with_layout,
+    write,
+)
 
 
 def flat(lengths: Sequence[int], device: str) -> ALTO:
@@ -29,11 +36,9 @@ def flat(lengths: Sequence[int], device: str) -> ALTO:
     layers, fragments, offset = [], [], 0
     for index, length in enumerate(lengths):
         layers.append(Layer(tensor, f"layer {index}"))
-        fragments.append(Fragment(index, 0, length, offset, whole=True))
+        fragments.append(Fragment(0, offset, length, 0, index, whole=True))
         offset += length
-    optimizer = ALTO([tensor], lr=1e-6)
-    optimizer._layouts[tensor] = Layout(tuple(layers), tuple(fragments))
-    return optimizer
+    return with_layout(ALTO([tensor], lr=1e-6), Layout(tuple(layers), tuple(fragments)))
 
 
 def separate(lengths: Sequence[int], device: str, make: Callable[..., Any] = ALTO) -> Any:
@@ -68,11 +73,10 @@ def virtual_rank(ranks: int) -> tuple[ALTO, float]:
         mock.patch.object(dist, "get_world_size", lambda group: group.size),
     ):
         start = time.perf_counter()
-        (layout,) = resolve([tensor], params, dict.fromkeys(params, "layer"))
+        layout = resolve([tensor], params, dict.fromkeys(params, "layer"))
         seconds = time.perf_counter() - start
     layers = tuple(Layer(layer.param, layer.name) for layer in layout.layers)
-    optimizer = ALTO([tensor], lr=1e-6)
-    optimizer._layouts[tensor] = Layout(layers, layout.fragments)
+    optimizer = with_layout(ALTO([tensor], lr=1e-6), Layout(layers, layout.fragments))
     return optimizer, seconds
 
 

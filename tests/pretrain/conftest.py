@@ -1,10 +1,15 @@
 """What the tests of the main job share."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import launcher
+from tests.pretrain.forked import Forks
+from tests.pretrain.runs import MODULE, options
 
 
 @pytest.fixture(scope="session")
@@ -13,9 +18,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def two_ranks(folder: Path) -> Path:
-    """Results of a run on 2 ranks of one host under ZeRO-2."""
-    from tests.pretrain.test_run import command
+def straight(folder: Path) -> str:
+    """What a run on 2 ranks under ZeRO-2 printed that nobody interrupted, by the launcher.
 
-    launcher.run(2, *command(folder, "two-ranks"), folder=folder)
-    return folder / "two-ranks"
+    Its results are in ``folder / "straight"``.
+    """
+    return launcher.run(2, "--module", MODULE, *options(folder, "straight"), folder=folder)
+
+
+@pytest.fixture(scope="session")
+def forks(folder: Path) -> Iterator[Forks]:
+    forks = Forks(folder)
+    yield forks
+    forks.close()

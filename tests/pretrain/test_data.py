@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,11 @@ pytest.importorskip("datasets")
 
 import datasets
 
-from alto_ds.pretrain.data import Sequences
-from alto_ds.pretrain.loop import check_batch_size, parse_arguments
+from alto_ds.pretrain.data.sequences import Sequences, StoredSequences, make_sequences
 from alto_ds.pretrain.ranks import SetupError
-from tests.launcher import ROOT
-
-STDLIB = Path(sysconfig.get_path("stdlib"))
+from alto_ds.pretrain.settings import DataSettings, ModelSettings, RunSettings, Settings
+from alto_ds.pretrain.setup import check_batch_size
+from tests.pretrain.runs import TEXTS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,21 +29,25 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     datasets.config.HF_DATASETS_CACHE = saved
 
 
-def arguments(folder: Path, *more: str) -> argparse.Namespace:
-    texts = [str(STDLIB / name) for name in ("argparse.py", "ast.py", "inspect.py")]
-    return parse_arguments(
-        [
-            *("--model", "gpt2-tiny", "--output_dir", str(folder), "--vocab_size", "400"),
-            *("--deepspeed_config", str(ROOT / "configs/gpt2_tiny_zero2.json")),
-            *("--seq_length", "64", "--validation_fraction", "0.2"),
-            *(more if "--dataset" in more else ("--text", *texts, *more)),
-        ]
+def settings(folder: Path, **data: Any) -> Settings:
+    """Sequences of 64 tokens of three files, or of what ``data`` names."""
+    sources = {} if "dataset" in data else {"text": TEXTS}
+    values: dict[str, Any] = {"vocab_size": 400, "validation_fraction": 0.2, **sources, **data}
+    return Settings(
+        model=ModelSettings(model="gpt2-tiny", seq_length=64),
+        data=DataSettings(**values),
+        run=RunSettings(output_dir=folder, max_steps=1),
+        deepspeed_config={"optimizer": {}},
     )
 
 
+def prepared(folder: Path, **data: Any) -> Sequences:
+    return make_sequences(settings(folder, **data), resumed=False)
+
+
 @pytest.fixture(scope="module")
-def sequences(tmp_path_factory: pytest.TempPathFactory) -> Sequences:
-    return Sequences(arguments(tmp_path_factory.mktemp("run")))
+def sequences(tmp_path_factory: pytest.TempPathFactory) -> StoredSequences:
+    return StoredSequences(settings(tmp_path_factory.mktemp("run")), resumed=False)
 
 
 def global_batch(data: Sequences, number: int, gas: int, world_size: int) -> list[list[int]]:
@@ -60,14 +61,14 @@ def global_batch(data: Sequences, number: int, gas: int, world_size: int) -> lis
 
 @pytest.mark.parametrize(("gas", "world_size"), [(1, 2), (4, 1), (2, 4), (8, 1)])
 def test_global_batches_do_not_depend_on_ranks(
-    sequences: Sequences, gas: int, world_size: int
+    sequences: StoredSequences, gas: int, world_size: int
 ) -> None:
     for number in (0, 5, 10**4):  # the last is epochs later
         expected = global_batch(sequences, number, 1, 1)
         assert global_batch(sequences, number, gas, world_size) == expected
 
 
-def test_a_resumed_stream_goes_on_where_it_was(sequences: Sequences) -> None:
+def test_a_resumed_stream_goes_on_where_it_was(sequences: StoredSequences) -> None:
     total = len(sequences._training)
     straight = itertools.islice(sequences.training_batches(0, 8, 1, 0, 1), total // 8 + 5)
     for number, batch in enumerate(straight):  # over the end of the first epoch
@@ -75,14 +76,14 @@ def test_a_resumed_stream_goes_on_where_it_was(sequences: Sequences) -> None:
         assert torch.equal(batch, resumed)
 
 
-def test_an_epoch_holds_every_sequence_once(sequences: Sequences) -> None:
+def test_an_epoch_holds_every_sequence_once(sequences: StoredSequences) -> None:
     total = len(sequences._training)
     epoch = itertools.islice(sequences.training_batches(0, 1, 1, 0, 1), total)
     seen = sorted(row for batch in epoch for row in batch.tolist())
     assert seen == sorted(sequences._training["input_ids"][:].tolist())
 
 
-def test_held_out_text_is_not_trained_on(sequences: Sequences) -> None:
+def test_held_out_text_is_not_trained_on(sequences: StoredSequences) -> None:
     training = {tuple(row.tolist()) for row in sequences._training["input_ids"][:]}
     held_out = [tuple(row) for row in sequences.validation.tolist()]
     assert len(held_out) > 10
@@ -90,9 +91,9 @@ def test_held_out_text_is_not_trained_on(sequences: Sequences) -> None:
     assert sequences.validation.shape[1] == 64
 
 
-def test_tokens_are_the_text(sequences: Sequences) -> None:
+def test_tokens_are_the_text(sequences: StoredSequences) -> None:
     text = sequences.tokenizer.decode(sequences.validation[0])
-    source = "".join((STDLIB / n).read_text() for n in ("argparse.py", "ast.py", "inspect.py"))
+    source = "".join(path.read_text() for path in TEXTS)
     assert all(part in source for part in text.split("<|endoftext|>"))
 
 
@@ -101,10 +102,9 @@ def test_json_lines_and_streams_of_them(tmp_path: Path) -> None:
     datasets.Dataset.from_dict(
         {"body": [f"document {i} of many, and some words more " * 8 for i in range(1200)]}
     ).to_json(path)
-    options = ("--dataset", str(path), "--text_column", "body")
-    stored = Sequences(arguments(tmp_path / "a", *options))
+    stored = prepared(tmp_path / "a", dataset=str(path), text_column="body")
     assert len(stored.validation) > 100
-    streamed = Sequences(arguments(tmp_path / "b", *options, "--streaming"))
+    streamed = prepared(tmp_path / "b", dataset=str(path), text_column="body", streaming=True)
     straight = itertools.islice(streamed.training_batches(0, 8, 1, 0, 1), 500)
     for number, batch in enumerate(straight):
         if number in (0, 3, 499):  # the last is epochs later
@@ -114,37 +114,46 @@ def test_json_lines_and_streams_of_them(tmp_path: Path) -> None:
     short = tmp_path / "short.jsonl"
     datasets.Dataset.from_dict({"body": ["a few words"] * 500}).to_json(short)
     with pytest.raises(ValueError, match="too little text"):
-        Sequences(arguments(tmp_path, "--dataset", str(short), *options[2:], "--streaming"))
+        prepared(tmp_path, dataset=str(short), text_column="body", streaming=True)
     with pytest.raises(ValueError, match="--text_column=text is not in"):
-        Sequences(arguments(tmp_path / "c", "--dataset", str(path)))
+        prepared(tmp_path / "c", dataset=str(path))
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--text", "no_such_file.txt"], "do not exist: no_such_file.txt"),
-        (["--dataset", "no_such_file.jsonl"], "does not exist: no_such_file.jsonl"),
-        (["--streaming"], "--streaming goes with --dataset"),
-    ],
-)
-def test_text_that_is_not_there_is_named(tmp_path: Path, more: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Sequences(arguments(tmp_path, *more))
+def test_text_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"do not exist: no_such_file\.txt"):
+        prepared(tmp_path, text=[*TEXTS, Path("no_such_file.txt")])
+    with pytest.raises(ValueError, match=r"does not exist: no_such_file\.jsonl"):
+        prepared(tmp_path, dataset="no_such_file.jsonl")
 
 
 def test_too_little_text_is_refused(tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("a few words")
     with pytest.raises(ValueError, match=r"has 1 document\(s\)"):
-        Sequences(arguments(tmp_path, "--text", str(short)))
+        prepared(tmp_path, text=[short])
 
 
 def test_a_tokenizer_is_trained_anew_for_another_size_or_text(tmp_path: Path) -> None:
-    sizes = [
-        len(Sequences(arguments(tmp_path, "--vocab_size", size)).tokenizer)
-        for size in ("300", "350", "350")
-    ]
+    sizes = [len(prepared(tmp_path, vocab_size=size).tokenizer) for size in (300, 350, 350)]
     assert sizes == [300, 350, 350]
+    other = prepared(tmp_path, vocab_size=350, text=TEXTS[:1])
+    assert other.tokenizer.get_vocab() != prepared(tmp_path, vocab_size=350).tokenizer.get_vocab()
+
+
+def test_a_resumed_run_goes_on_with_the_tokenizer_that_it_has(tmp_path: Path) -> None:
+    first = prepared(tmp_path, vocab_size=300)
+    resumed = make_sequences(settings(tmp_path, vocab_size=350), resumed=True)
+    assert resumed.tokenizer.get_vocab() == first.tokenizer.get_vocab()
+
+
+def test_runs_on_other_text_have_other_fingerprints(tmp_path: Path) -> None:
+    copies = [tmp_path / path.name for path in TEXTS]
+    for path, copy in zip(TEXTS, copies, strict=True):
+        copy.write_text(path.read_text())
+    first = prepared(tmp_path / "a")
+    assert prepared(tmp_path / "b", text=copies).fingerprint == first.fingerprint
+    copies[0].write_text(copies[0].read_text().replace("argument", "parameter"))
+    assert prepared(tmp_path / "c", text=copies).fingerprint != first.fingerprint
 
 
 def test_documents_without_text_are_left_out(tmp_path: Path) -> None:
@@ -153,24 +162,14 @@ def test_documents_without_text_are_left_out(tmp_path: Path) -> None:
     texts = [f"document {i}, and some words more " * 8 for i in range(200)]
     holes = folder / "holes.jsonl"
     datasets.Dataset.from_dict({"text": [*texts[:100], None, "", *texts[100:]]}).to_json(holes)
-    data = Sequences(arguments(tmp_path / "holes", "--dataset", str(holes)))
+    data = StoredSequences(settings(tmp_path / "holes", dataset=str(holes)), resumed=False)
     end = data.tokenizer.eos_token_id
     rows = torch.cat([data._training["input_ids"][:], data.validation]).flatten()
     assert not ((rows[1:] == end) & (rows[:-1] == end)).any()
     numbers = folder / "numbers.jsonl"
     datasets.Dataset.from_dict({"text": [1, 2, 3]}).to_json(numbers)
     with pytest.raises(ValueError, match="name a column of text"):
-        Sequences(arguments(tmp_path / "numbers", "--dataset", str(numbers)))
-
-
-def test_a_configuration_without_optimizer_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "config.json"
-    path.write_text('{"train_batch_size": 8}')
-    with pytest.raises(SystemExit):
-        arguments(tmp_path, "--deepspeed_config", str(path))
-    assert 'has no "optimizer"' in capsys.readouterr().err
+        prepared(tmp_path / "numbers", dataset=str(numbers))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -179,28 +178,3 @@ def test_a_global_batch_that_ranks_cannot_share_is_refused(world_size: int) -> N
     check_batch_size(config, world_size)
     with pytest.raises(SetupError, match="train_batch_size=16 is not a multiple"):
         check_batch_size(config, 3)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (["--deepspeed_config", "none.json"], "none.json is no file"),
-        (["--seq_length", "129"], "gpt2-tiny takes 128"),
-        (["--validation_fraction", "1.5"], "must be in"),
-        (["--max_steps", "0"], "must be at least 1"),
-        (["--seq_length", "1"], "must be at least 2"),  # no token to predict
-        (["--vocab_size", "256"], "must be at least 257"),
-        (["--dataset", "x", "--text", "y"], "give one of them"),
-    ],
-)
-def test_wrong_arguments_end_with_a_message(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: list[str], message: str
-) -> None:
-    with pytest.raises(SystemExit):
-        parse_arguments(
-            [
-                *("--model", "gpt2-tiny", "--output_dir", str(tmp_path)),
-                *("--deepspeed_config", str(ROOT / "configs/gpt2_tiny_zero2.json"), *wrong),
-            ]
-        )
-    assert message in capsys.readouterr().err

@@ -10,16 +10,17 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from alto_ds.pretrain.ranks import SetupError, init_distributed
-from alto_ds.pretrain.report import read_metrics
-from tests import launcher
-from tests.pretrain.test_run import command
+pytest.importorskip("deepspeed")
 
-STEPS = 4
+from alto_ds.pretrain.ranks import SetupError, init_distributed
+from tests import launcher
+from tests.pretrain.forked import Forks
+from tests.pretrain.runs import MODULE, measured, options
+
+STEPS = 2
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
@@ -43,26 +44,23 @@ def missing_mpi() -> str | None:
     return None if "HYDRA" in version.stdout else f"{mpirun} is not MPICH's"
 
 
-def results(folder: Path) -> list[dict[str, Any]]:
-    """All that a run has measured at its first steps, times aside."""
-    rows = read_metrics(folder / "metrics.jsonl")[:STEPS]
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
-
-
 @pytest.mark.skipif(missing() is not None, reason=f"{missing()}")
 @pytest.mark.parametrize("starter", ["pdsh", "deepspeed", "mpirun", "srun"])
-def test_two_hosts_train_as_one_does(folder: Path, two_ranks: Path, starter: str) -> None:
+def test_two_hosts_train_as_one_does(folder: Path, straight: str, starter: str) -> None:
+    """With dropout; from the installed package, in a folder that is no checkout."""
     if starter == "mpirun" and (reason := missing_mpi()):
         pytest.skip(reason)
     if starter == "pdsh" and not shutil.which("pdsh"):
         pytest.skip("there is no program pdsh")
     settings = launcher.settings(folder)
+    del settings["PYTHONPATH"]
     exports = folder / "deepspeed_env"  # pdsh passes these on, and nothing else
     exports.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
+    script = launcher.ROOT / "tests/two_hosts.sh"
     with subprocess.Popen(
-        ["launch/two_hosts.sh", starter, *command(folder, starter, max_steps=STEPS)],
+        [script, starter, MODULE, *options(folder, starter, max_steps=STEPS)],
         env=os.environ | settings | {"PATH": PATH, "DS_ENV_FILE": str(exports)},
-        cwd=launcher.ROOT,
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -73,10 +71,10 @@ def test_two_hosts_train_as_one_does(folder: Path, two_ranks: Path, starter: str
             process.terminate()  # not killed: the script removes the namespaces
     assert process.returncode == 0, output[-8000:]
     assert json.loads((folder / starter / "run.json").read_text())["ranks"] == 2
-    found = results(folder / starter)
+    found = measured(folder / starter)
     assert len(found) == STEPS
     assert "val_loss" in found[-1]
-    assert found == results(two_ranks)
+    assert found == measured(folder / "straight")[:STEPS]
 
 
 def test_srun_without_the_address_of_rank_0_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,16 +86,9 @@ def test_srun_without_the_address_of_rank_0_is_refused(monkeypatch: pytest.Monke
 
 
 @pytest.mark.skipif(missing_mpi() is not None, reason=f"{missing_mpi()}")
-def test_ranks_that_mpi4py_does_not_know_are_refused(folder: Path) -> None:
+def test_ranks_that_mpi4py_does_not_know_are_refused(folder: Path, forks: Forks) -> None:
     """As another MPI's mpirun leaves them: each of them alone, in the same output folder."""
-    finished = subprocess.run(
-        [sys.executable, *command(folder, "alone")],
-        env=os.environ | launcher.settings(folder) | {"OMPI_COMM_WORLD_SIZE": "2"},
-        cwd=launcher.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert finished.returncode == 2, finished.stderr[-3000:]
-    assert "mpirun has started 2 processes, and mpi4py finds 1" in finished.stderr
+    rank = forks.start_one({"OMPI_COMM_WORLD_SIZE": "2"}, *options(folder, "alone"))
+    assert forks.wait([rank], 200) == [2]
+    printed = rank.log.read_text()
+    assert "alto_ds.pretrain: mpirun has started 2 processes, and mpi4py finds 1" in printed

@@ -1,4 +1,4 @@
-"""The main job through the real launcher: metrics, resuming, ranks, ZeRO stages, refusals."""
+"""The main job: metrics, resuming, ranks, ZeRO stages, refusals."""
 
 from __future__ import annotations
 
@@ -6,78 +6,79 @@ import json
 import os
 import signal
 import subprocess
-import sysconfig
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from alto_ds.pretrain.report import read_metrics
-from tests import launcher
-
 pytest.importorskip("deepspeed")
 
-STEPS = 16
+from alto_ds.pretrain.metrics import read_metrics
+from tests import launcher
+from tests.pretrain.forked import Forks
+from tests.pretrain.runs import MODULE, STEPS, measured, options, weights
 
 
-def command(folder: Path, output: str, stage: int = 2, **more: Any) -> list[str]:
-    """A run of 16 steps on a little text; results go to ``folder/output``."""
-    config = json.loads((launcher.ROOT / f"configs/gpt2_tiny_zero{stage}.json").read_text())
-    config |= {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2}
-    config["scheduler"]["params"] |= {"total_num_steps": STEPS, "warmup_num_steps": 4}
-    path = folder / f"zero{stage}.json"
-    path.write_text(json.dumps(config))
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    options = {
-        "deepspeed_config": path,
-        "model": "gpt2-tiny",
-        "output_dir": folder / output,
-        "seq_length": 32,
-        "vocab_size": 400,
-        "eval_interval": 8,
-        "save_interval": 5,
-        "dropout": 0.0,
-        "validation_fraction": 0.1,
-    } | more
-    pairs = [part for key, value in options.items() for part in (f"--{key}", str(value))]
-    texts = [str(stdlib / name) for name in ("argparse.py", "ast.py", "inspect.py")]
-    return ["examples/pretrain_gpt2.py", *pairs, "--text", *texts]
-
-
-@pytest.fixture(scope="module")
-def straight(folder: Path) -> str:
-    """What a run on 2 ranks printed that nobody interrupted; its results are in "straight"."""
-    return launcher.run(2, *command(folder, "straight", dropout=0.1), folder=folder)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    from transformers import GPT2LMHeadModel
-
-    return GPT2LMHeadModel.from_pretrained(folder / "model").state_dict()
-
-
-def test_a_run_leaves_metrics_curves_and_a_model(folder: Path, straight: str) -> None:
+def test_a_run_leaves_metrics_curves_a_model_and_the_newest_checkpoints(
+    folder: Path, straight: str
+) -> None:
     rows = read_metrics(folder / "straight/metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     keys = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second"}
     assert all(keys <= row.keys() for row in rows)
     assert rows[-1]["tokens"] == STEPS * 8 * 32
-    assert [row["step"] for row in rows if "val_ppl" in row] == [4, 8, 16]  # 4: after warm-up
-    assert rows[-1]["val_ppl"] < rows[3]["val_ppl"]
+    evaluated = [row for row in rows if "val_ppl" in row]
+    assert [row["step"] for row in evaluated] == [2, 5, 10, 12]  # 2: after the warm-up
+    assert evaluated[-1]["val_ppl"] < evaluated[0]["val_ppl"]
     assert rows[-1]["lr"] < max(row["lr"] for row in rows) == pytest.approx(0.02)
     assert (folder / "straight/curves.png").stat().st_size > 10_000
     assert f"Final held-out perplexity {rows[-1]['val_ppl']:.2f}" in straight
     assert "ppl=" in straight  # of the progress bar
     model = weights(folder / "straight")
     assert model["transformer.wte.weight"].shape == (448, 128)  # 400 tokens, in multiples of 64
+    kept = sorted(path.name for path in (folder / "straight/checkpoints").glob("step*"))
+    assert kept == ["step0000010", "step0000012"]
 
 
-def test_a_run_that_was_interrupted_goes_on_bitwise(folder: Path, straight: str) -> None:
+def test_an_evaluation_says_how_matrices_and_embeddings_are_scaled(
+    folder: Path, straight: str
+) -> None:
+    keys = ("trust_ratio_min", "trust_ratio_median", "trust_ratio_max", "layers_scaled")
+    for row in read_metrics(folder / "straight/metrics.jsonl"):
+        assert all((key in row) is ("val_loss" in row) for key in keys)
+        if "val_loss" not in row:
+            continue
+        low, median, high, layers = (row[key] for key in keys)
+        assert 0 < low < median < high
+        assert layers == 2 + 2 * 4  # two embeddings; four matrices in each of two blocks
+        assert f"median trust ratio {median:.3g}" in straight
+
+
+@pytest.mark.parametrize(("base", "stage", "reported"), [("AdamW", 2, False), ("ALTO", 0, True)])
+def test_trust_ratios_are_reported_where_the_optimizer_in_e_has_them(
+    tmp_path: Path, forks: Forks, base: str, stage: int, reported: bool
+) -> None:
+    arguments = options(tmp_path, "output", max_steps=2)
+    path = tmp_path / "zero2.json"
+    params = {"optimizer": base, "alpha": -5, "beta": 0.99, "lr": 1e-3, "weight_decay": 0.01}
+    changed = {
+        "optimizer": {"type": "E", "params": params},
+        "zero_optimization": {"stage": stage},
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    forks.run(1, *arguments)
+    last = read_metrics(tmp_path / "output/metrics.jsonl")[-1]
+    assert "val_loss" in last
+    assert ("layers_scaled" in last) is ("trust_ratio_median" in last) is reported
+
+
+def test_a_run_that_was_interrupted_goes_on_bitwise(
+    folder: Path, straight: str, forks: Forks
+) -> None:
     """Ctrl-C as a terminal sends it; dropout and the optimizer's states go on as well."""
-    arguments = command(folder, "interrupted", dropout=0.1)
-    process = launcher.start(2, *arguments, folder=folder)
+    arguments = options(folder, "interrupted")
+    process = launcher.start(2, "--module", MODULE, *arguments, folder=folder)
     metrics = folder / "interrupted/metrics.jsonl"
     deadline = time.monotonic() + 200
     while len(read_metrics(metrics)) < 3 and time.monotonic() < deadline:
@@ -87,43 +88,43 @@ def test_a_run_that_was_interrupted_goes_on_bitwise(folder: Path, straight: str)
     assert process.returncode != 0
     done = len(read_metrics(metrics))
     assert 3 <= done < STEPS, output[-3000:]
-    resumed = launcher.run(2, *arguments, folder=folder)
-    assert "Final held-out perplexity" in resumed
-    expected, found = (
-        [
-            {key: value for key, value in row.items() if key != "tokens_per_second"}
-            for row in read_metrics(folder / name / "metrics.jsonl")
-        ]
-        for name in ("straight", "interrupted")
-    )
-    assert found == expected
+    assert f"Stopped after step {done}; the same command goes on from there." in output
+    assert "Final held-out perplexity" in forks.run(2, *arguments)
+    assert measured(folder / "interrupted") == measured(folder / "straight")
     left, right = weights(folder / "straight"), weights(folder / "interrupted")
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 2), (2, 1), (2, 3)])
-def test_ranks_and_stages_do_not_matter(
-    folder: Path, two_ranks: Path, ranks: int, stage: int
-) -> None:
-    name = f"{ranks}-zero{stage}"
-    launcher.run(ranks, *command(folder, name, stage), folder=folder)
-    expected = read_metrics(two_ranks / "metrics.jsonl")
-    found = read_metrics(folder / name / "metrics.jsonl")
-    for row, other in zip(found, expected, strict=True):
+def assert_trained_alike(left: Path, right: Path) -> None:
+    """Losses and weights are the same but for the order of sums."""
+    for row, other in zip(measured(left), measured(right), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-4), row["step"]
         assert row.get("val_loss", 0) == pytest.approx(other.get("val_loss", 0), rel=1e-4)
-    left, right = weights(folder / name), weights(two_ranks)
-    assert left.keys() == right.keys()
-    assert all(torch.allclose(left[n], right[n], rtol=1e-2, atol=1e-3) for n in left)
+    found, expected = weights(left), weights(right)
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[n], expected[n], rtol=1e-2, atol=1e-3) for n in found)
 
 
-def test_resuming_with_other_settings_is_refused(folder: Path, straight: str) -> None:
-    arguments = command(folder, "straight", dropout=0.2, seed=4321, vocab_size=500)
+@pytest.mark.parametrize("stage", [1, 3])
+def test_zero_stages_train_alike(folder: Path, straight: str, forks: Forks, stage: int) -> None:
+    forks.run(2, *options(folder, f"zero{stage}", stage))
+    assert_trained_alike(folder / f"zero{stage}", folder / "straight")
+
+
+def test_one_rank_trains_as_two_do(folder: Path, forks: Forks) -> None:
+    for ranks in (1, 2):  # without dropout, whose chance each rank draws for itself
+        forks.run(ranks, *options(folder, f"{ranks}-ranks", dropout=0.0))
+    assert_trained_alike(folder / "1-ranks", folder / "2-ranks")
+
+
+def test_resuming_with_other_settings_is_refused(folder: Path, straight: str, forks: Forks) -> None:
+    arguments = options(folder, "straight", dropout=0.2, seed=4321, vocab_size=500)
     path = folder / "zero2.json"
     config = json.loads(path.read_text())
     config["optimizer"]["params"]["lr"] = 0.5
     path.write_text(json.dumps(config))
-    output = launcher.run(1, *arguments, folder=folder, fails=True)
+    output = forks.run(1, *arguments, status=2)
+    assert "alto_ds.pretrain: rank 0: the run in " in output
     assert "was started with seed=1234, now 4321; " in output
     assert "dropout=0.1, now 0.2; vocab_size=400, now 500; " in output
     assert "optimizer.params.lr=0.02, now 0.5; " in output
@@ -131,12 +132,10 @@ def test_resuming_with_other_settings_is_refused(folder: Path, straight: str) ->
     assert "another --output_dir" in output
 
 
-def test_text_that_is_missing_ends_all_ranks(folder: Path) -> None:
-    arguments = [*command(folder, "missing"), "no_such_file.txt"]
-    began = time.monotonic()
-    output = launcher.run(2, *arguments, folder=folder, fails=True)
+def test_text_that_is_missing_ends_all_ranks(folder: Path, forks: Forks) -> None:
+    """Each by itself, with no launcher that would end them."""
+    output = forks.run(2, *options(folder, "missing"), "no_such_file.txt", status=2)
     assert "--text names files that do not exist: no_such_file.txt" in output
-    assert time.monotonic() - began < 100
 
 
 @pytest.mark.parametrize("size", ["tiny", "345m"])
@@ -154,5 +153,6 @@ def test_shipped_configurations_are_what_the_readme_says(size: str, stage: int) 
 
 
 def test_shell_scripts_parse() -> None:
-    for script in [*launcher.ROOT.glob("launch/*.sh"), launcher.ROOT / ".ci/run"]:
+    scripts = [launcher.ROOT / ".ci/run", launcher.ROOT / "tests/two_hosts.sh"]
+    for script in [*launcher.ROOT.glob("launch/*.sh"), *scripts]:
         subprocess.run(["bash", "-n", script], check=True)

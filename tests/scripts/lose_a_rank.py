@@ -11,7 +11,7 @@ from typing import Any
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import alto_ds
-from alto_ds.pretrain.loop import main
+from alto_ds.pretrain.command import main
 
 steps = 0
 

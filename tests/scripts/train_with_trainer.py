@@ -1,56 +1,72 @@
-"""Hugging Face Trainer with ALTO, by the two routes that the README shows.
+"""Hugging Face Trainer with ALTO, by the two routes that the README shows, and without decay.
 
-usage: train_with_trainer.py ROUTE CONFIG OUTPUT_DIR, where ROUTE is "json" or "class"
+usage: train_with_trainer.py JSON CLASS OUTPUT_DIR, two DeepSpeed configurations, the first with
+ALTO and the second without an optimizer
 """
 
 import json
 import sys
+import warnings
+from typing import Any
 
 import deepspeed
 import torch
+from accelerate.state import AcceleratorState
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import alto_ds
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-route, config, output_dir = [word for word in sys.argv[1:] if not word.startswith("--")]
-
-torch.manual_seed(0)
-model = GPT2LMHeadModel(
-    GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2, eos_token_id=0)
-)
+with_alto, without_optimizer, output_dir = [w for w in sys.argv[1:] if not w.startswith("--")]
+LR = 5e-2  # at 1e-2, for large batches, 20 steps would move each layer by a fifth at most
 pattern = torch.arange(32) * 7 % 64
 examples = [{"input_ids": (pattern + i) % 64, "labels": (pattern + i) % 64} for i in range(256)]
-arguments = TrainingArguments(
-    output_dir=output_dir,
-    deepspeed=config,
-    per_device_train_batch_size=8,
-    max_steps=20,
-    learning_rate=1e-2,
-    logging_steps=1,
-    save_strategy="no",
-    report_to=[],
-    use_cpu=True,
-    seed=0,
-)
-settings = {"lr": 1e-2, "betas": (0.9, 0.9, 0.99), "alpha": -5.0, "weight_decay": 1e-4}
-trainer = Trainer(
-    model=model,
-    args=arguments,
-    train_dataset=examples,
-    optimizer_cls_and_kwargs=(alto_ds.ALTO, settings) if route == "class" else None,
-)
-trainer.train()
-alto = trainer.deepspeed.optimizer.optimizer
-losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-if torch.distributed.get_rank() == 0:
-    result = {
+settings = {"lr": LR, "betas": (0.9, 0.9, 0.99), "alpha": -5.0}
+
+
+def train(config: str, weight_decay: float, steps: int, **more: Any) -> dict[str, Any]:
+    """What a run leaves."""
+    AcceleratorState._reset_state(reset_partial_state=False)  # of the run before
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2, eos_token_id=0)
+    )
+    arguments = TrainingArguments(
+        output_dir=output_dir,
+        deepspeed=config,
+        per_device_train_batch_size=8,
+        max_steps=steps,
+        learning_rate=LR,
+        weight_decay=weight_decay,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        seed=0,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=examples, **more)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    alto = trainer.deepspeed.optimizer.optimizer
+    ratios = alto.trust_ratios(model.named_parameters())
+    return {
         "optimizer": type(alto).__name__,
         "groups": len(alto.param_groups),
-        "layers": len(alto.trust_ratios(model.named_parameters())),
-        "parameters": len(list(model.parameters())),
+        "layers": sorted(ratios),
+        "scaled": sorted(name for name, row in ratios.items() if row.scaled),
+        "parameters": sorted(name for name, _ in model.named_parameters()),
         "ranks": torch.distributed.get_world_size(),
-        "losses": losses,
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "warnings": [str(w.message) for w in caught if "no parameter group" in str(w.message)],
     }
-    print("RESULT " + json.dumps(result))
+
+
+runs = {
+    "json": train(with_alto, 1e-4, 20),
+    "class": train(without_optimizer, 1e-4, 20, optimizer_cls_and_kwargs=(alto_ds.ALTO, settings)),
+    "json, Trainer's own weight_decay": train(with_alto, 0.0, 2),
+}
+if torch.distributed.get_rank() == 0:
+    print("RESULT " + json.dumps(runs))
 torch.distributed.destroy_process_group()

@@ -2,14 +2,14 @@
 # Train on two hosts that are one machine: two network namespaces, joined by a cable, each with a
 # hostname and addresses of its own. Needs root, and the launcher on PATH.
 #
-#     launch/two_hosts.sh pdsh SCRIPT ARGUMENTS...         one `deepspeed`, which calls pdsh
-#     launch/two_hosts.sh deepspeed SCRIPT ARGUMENTS...    one `deepspeed --no_ssh` on each host
-#     launch/two_hosts.sh mpirun SCRIPT ARGUMENTS...       one `mpirun` on the first host
-#     launch/two_hosts.sh srun SCRIPT ARGUMENTS...         no Slurm, but the variables that it sets
+#     tests/two_hosts.sh pdsh MODULE ARGUMENTS...         one `deepspeed`, which calls pdsh
+#     tests/two_hosts.sh deepspeed MODULE ARGUMENTS...    one `deepspeed --no_ssh` on each host
+#     tests/two_hosts.sh mpirun MODULE ARGUMENTS...       one `mpirun` on the first host
+#     tests/two_hosts.sh srun MODULE ARGUMENTS...         no Slurm, but the variables that it sets
 #
 # RANKS_PER_HOST is 1 unless it is set.
 set -euo pipefail
-launcher=${1:?name pdsh, deepspeed, mpirun or srun, then a script and its arguments}
+launcher=${1:?name pdsh, deepspeed, mpirun or srun, then a Python module and its arguments}
 shift
 ranks=${RANKS_PER_HOST:-1}
 folder=$(mktemp -d)
@@ -69,25 +69,25 @@ chmod +x "$folder/on" "$folder/ssh"
 export PATH="$folder:$PATH"  # for ssh
 case $launcher in
     pdsh)
-        on host0 deepspeed --hostfile "$folder/hostfile" "$@" &
+        on host0 deepspeed --hostfile "$folder/hostfile" --module "$@" &
         wait -n
         ;;
     deepspeed)
         for n in 0 1; do
             on "host$n" deepspeed --hostfile "$folder/hostfile" --no_ssh \
-                --node_rank "$n" --master_addr 10.0.0.1 "$@" &
+                --node_rank "$n" --master_addr 10.0.0.1 --module "$@" &
         done
         wait -n && wait -n
         ;;
     mpirun)
         on host0 mpirun -launcher ssh -hosts host0,host1 -ppn "$ranks" -n "$((2 * ranks))" \
-            python "$@" &
+            python -m "$@" &
         wait -n
         ;;
     srun)
         for ((rank = 0; rank < 2 * ranks; rank++)); do
             on "host$((rank / ranks))" env MASTER_ADDR=10.0.0.1 SLURM_PROCID="$rank" \
-                SLURM_LOCALID=$((rank % ranks)) SLURM_STEP_NUM_TASKS=$((2 * ranks)) python "$@" &
+                SLURM_LOCALID=$((rank % ranks)) SLURM_STEP_NUM_TASKS=$((2 * ranks)) python -m "$@" &
         done
         for ((rank = 0; rank < 2 * ranks; rank++)); do wait -n; done
         ;;

@@ -1,18 +1,15 @@
-"""One of 4 ranks of DeepSpeed's other kinds of parallelism; all cases in one launch by torchrun.
+"""DeepSpeed's other kinds of parallelism on 4 ranks: experts, sequences and pipelines.
 
-Pipelines, mixtures of experts and Ulysses' sequence parallelism cut a model along process groups
-of their own. On every rank a yardstick, ALTO on whole tensors, takes the same steps for the
-parameters that the rank has, whole as DeepSpeed's own ``safe_get_full_*`` functions put them
-together. Rank 0 writes what was measured on all ranks as JSON.
+They cut a model along process groups of their own. On every rank a yardstick, ALTO on whole
+tensors, takes the same steps for the parameters that the rank has, whole as DeepSpeed's own
+``safe_get_full_*`` functions put them together.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -33,6 +30,9 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 import alto_ds
+from alto_ds import states
+from tests.sharding.harness import Case, bare, deviation, ratio_deviation
+from tests.sharding.pieces import FLAT_LISTS
 
 STEPS, BATCH, VOCABULARY, WIDTH, LENGTH = 20, 16, 37, 12, 8
 SETTINGS: dict[str, Any] = {
@@ -41,24 +41,39 @@ SETTINGS: dict[str, Any] = {
     "alpha": -5.0,
     "weight_decay": 0.1,
 }
-# Names of a wrapper's lists of flat tensors and of the parameters in them.
-ZERO_LISTS = {
-    "DeepSpeedZeroOptimizer": ("single_partition_of_fp32_groups", "bit16_groups"),
-    "BF16_Optimizer": ("fp32_groups_flat_partition", "bf16_groups"),
-}
-STATES = ("exp_avg_grad", "exp_avg", "exp_avg_sq")
-FP32_ACCUMULATION = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+STATES = (states.EXP_AVG_GRAD, states.EXP_AVG, states.EXP_AVG_SQ)
 
 
-def json_of(zero: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """A DeepSpeed configuration without clipping, so that gradients arrive as they are."""
-    return {
-        "train_batch_size": BATCH,
-        "optimizer": {"type": "ALTO", "params": SETTINGS},
-        "gradient_clipping": 0.0,
-        "steps_per_print": 10**9,
-        "zero_optimization": zero,
-    } | more
+@dataclass(frozen=True, kw_only=True)
+class ParallelCase(Case):
+    """A kind of parallelism, which is the function that measures it, and how ZeRO cuts.
+
+    Attributes:
+        stage: of ZeRO.
+        config: further keys of the JSON.
+        wrapper: name of the class that DeepSpeed must wrap the optimizer in.
+    """
+
+    stage: int
+    config: dict[str, Any] = field(default_factory=dict)
+    wrapper: str = "DeepSpeedZeroOptimizer"
+
+    def json(self, **more: Any) -> dict[str, Any]:
+        """A DeepSpeed configuration without clipping, so that gradients arrive as they are."""
+        return (
+            {
+                "train_batch_size": BATCH,
+                "optimizer": {"type": "ALTO", "params": SETTINGS},
+                "gradient_clipping": 0.0,
+                "steps_per_print": 10**9,
+                "zero_optimization": {
+                    "stage": self.stage,
+                    "stage3_param_persistence_threshold": 0,
+                },
+            }
+            | self.config
+            | more
+        )
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -126,12 +141,6 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     return mixed.transpose(1, 2)
 
 
-def bare(engine: Any) -> Any:
-    """The optimizer inside DeepSpeed's wrapper."""
-    optimizer = engine.optimizer
-    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
-
-
 def whole(param: Any, engine: Any, key: str | None = None) -> Tensor:
     """A copy of all of a parameter or of one of its states, in fp32."""
     if hasattr(param, "_hp_mapping"):
@@ -147,7 +156,7 @@ def whole(param: Any, engine: Any, key: str | None = None) -> Tensor:
 
 def whole_state(param: Any, engine: Any, key: str) -> Tensor:
     """As ``safe_get_full_optimizer_state``, which in ZeRO-1 and 2 knows the first group only."""
-    flats, members = ZERO_LISTS[type(engine.optimizer).__name__]
+    flats, members = FLAT_LISTS[type(engine.optimizer).__name__]
     whole_value = torch.zeros(param.numel())
     for flat, group in zip(
         getattr(engine.optimizer, flats), getattr(engine.optimizer, members), strict=True
@@ -165,12 +174,6 @@ def whole_state(param: Any, engine: Any, key: str) -> Tensor:
     return whole_value.view_as(param)
 
 
-def deviation(found: Tensor, expected: Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖."""
-    scale = expected.norm().item()
-    return (found - expected).norm().item() / scale if scale else found.norm().item()
-
-
 def straddles(param: Any) -> bool:
     """Whether this rank's optimizer has only a part of the parameter, as DeepSpeed tells."""
     if hasattr(param, "ds_id"):
@@ -183,7 +186,7 @@ def straddles(param: Any) -> bool:
 
 def measure(engine: Any, train: Callable[[int], float]) -> dict[str, Any]:
     """Train by ``train(step)``, which returns the loss, beside the yardstick."""
-    alto = bare(engine)
+    optimizer = bare(engine)
     params = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
     own = {n: nn.Parameter(whole(p, engine)) for n, p in params.items()}
     initial = {n: p.detach().clone() for n, p in own.items()}
@@ -199,25 +202,25 @@ def measure(engine: Any, train: Callable[[int], float]) -> dict[str, Any]:
     engine.optimizer.step = step_beside_yardstick
     losses = [train(step) for step in range(STEPS)]
     engine.optimizer.step = take_step
-    found, right = alto.trust_ratios(engine.module.named_parameters()), yardstick.trust_ratios()
-    result = {
+    expected = {name: param.detach() for name, param in own.items()}
+    found_states = {key: {n: whole(p, engine, key) for n, p in params.items()} for key in STATES}
+    return {
         "wrapper": type(engine.optimizer).__name__,
         "losses": losses,
-        "moved": max(deviation(p.detach(), initial[n]) for n, p in own.items()),
-        "masters": max(deviation(whole(p, engine), own[n].detach()) for n, p in params.items()),
-        "ratios": max(abs(found[n].ratio / right[n].ratio - 1) for n in params),
+        "moved": deviation(expected, initial),
+        "masters": deviation({n: whole(p, engine) for n, p in params.items()}, expected),
+        "states": {
+            key: deviation(found, {n: yardstick.state[p][key] for n, p in own.items()})
+            for key, found in found_states.items()
+        },
+        "ratios": ratio_deviation(
+            optimizer.trust_ratios(engine.module.named_parameters()), yardstick.trust_ratios()
+        ),
         "straddling": [n for n, p in params.items() if straddles(p)],
-        "layers": len(params),
     }
-    for key in STATES:
-        result[key] = max(
-            deviation(whole(p, engine, key), yardstick.state[own[n]][key])
-            for n, p in params.items()
-        )
-    return result
 
 
-def run_moe(zero_stage: int, **more: Any) -> dict[str, Any]:
+def run_moe(case: ParallelCase, _: Path) -> dict[str, Any]:
     """Experts' gradients are averaged over 2 ranks, all others over 4."""
     torch.manual_seed(1234)
     model = Experts()
@@ -229,7 +232,7 @@ def run_moe(zero_stage: int, **more: Any) -> dict[str, Any]:
         {"params": list(model.parameters()), "name": "all"}
     )
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=param_groups, config=json_of({"stage": zero_stage}, **more)
+        model=model, model_parameters=param_groups, config=case.json()
     )
     size, rank = BATCH // 4, dist.get_rank()
 
@@ -246,7 +249,7 @@ def run_moe(zero_stage: int, **more: Any) -> dict[str, Any]:
     return result
 
 
-def run_pipeline(zero_stage: int, **more: Any) -> dict[str, Any]:
+def run_pipeline(case: ParallelCase, _: Path) -> dict[str, Any]:
     """Two stages of two ranks; the first and the last layer share the embedding."""
     torch.manual_seed(1234)
 
@@ -265,9 +268,10 @@ def run_pipeline(zero_stage: int, **more: Any) -> dict[str, Any]:
         loss_fn=loss_of,
         partition_method="uniform",
     )
-    config = json_of({"stage": zero_stage}, train_micro_batch_size_per_gpu=4, **more)
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=list(model.parameters()), config=config
+        model=model,
+        model_parameters=list(model.parameters()),
+        config=case.json(train_micro_batch_size_per_gpu=4),
     )
     size = BATCH // 2
     data_rank = engine.grid.get_data_parallel_rank()
@@ -286,17 +290,17 @@ def run_pipeline(zero_stage: int, **more: Any) -> dict[str, Any]:
     return result
 
 
-def run_ulysses(zero_stage: int) -> dict[str, Any]:
+def run_ulysses(case: ParallelCase, _: Path) -> dict[str, Any]:
     """Two parts of the sequence on each of two parts of the batch; ZeRO shards over all four."""
+    if parallel_state_sp._SEQUENCE_PARALLEL_GROUP is None:
+        parallel_state_sp.initialize_sequence_parallel(sequence_parallel_size=2)
     torch.manual_seed(1234)
-    config = json_of({"stage": zero_stage, "stage3_param_persistence_threshold": 0})
-    config |= {"train_micro_batch_size_per_gpu": BATCH // 2}
     model = Attention()
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=list(model.parameters()),
         mpu=parallel_state_sp,
-        config=config,
+        config=case.json(train_micro_batch_size_per_gpu=BATCH // 2),
     )
     data_rank, part = divmod(dist.get_rank(), 2)
     rows = slice(data_rank * BATCH // 2, (data_rank + 1) * BATCH // 2)
@@ -314,42 +318,22 @@ def run_ulysses(zero_stage: int) -> dict[str, Any]:
     return result
 
 
-# In this order, for DeepSpeed keeps the process groups of the latest mpu.
-RUNS: dict[str, Callable[[], dict[str, Any]]] = {
-    "moe-zero0": lambda: run_moe(0),
-    "moe-zero1": lambda: run_moe(1),
-    "moe-zero1-bf16": lambda: run_moe(1, **FP32_ACCUMULATION),
-    "moe-zero2": lambda: run_moe(2),
-    "ulysses-zero1": lambda: run_ulysses(1),
-    "ulysses-zero2": lambda: run_ulysses(2),
-    "ulysses-zero3": lambda: run_ulysses(3),
-    "pipeline-zero0": lambda: run_pipeline(0),
-    "pipeline-zero1": lambda: run_pipeline(1),
-    "pipeline-zero1-bf16": lambda: run_pipeline(1, **FP32_ACCUMULATION),
+BF16_OPTIMIZER: dict[str, Any] = {
+    "config": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+    "wrapper": "BF16_Optimizer",
 }
 
-
-def main() -> None:
-    torch.set_num_threads(1)
-    # Compiling this op takes longer than all the cases; gloo needs none.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=60))
-    parallel_state_sp.initialize_sequence_parallel(sequence_parallel_size=2)
-    results: dict[str, Any] = {}
-    for name, run in RUNS.items():
-        try:
-            result = run()
-        except Exception:
-            result = {"error": traceback.format_exc()}
-            print(result["error"], file=sys.stderr, flush=True)
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, result)
-        results[name] = everyone
-    if dist.get_rank() == 0:
-        with open(sys.argv[1], "w") as file:
-            json.dump(results, file)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+CASES: dict[str, ParallelCase] = {
+    "moe-zero0": ParallelCase(measures=run_moe, stage=0, wrapper="ALTO"),
+    "moe-zero1": ParallelCase(measures=run_moe, stage=1),
+    "moe-zero1-bf16": ParallelCase(measures=run_moe, stage=1, **BF16_OPTIMIZER),
+    "moe-zero2": ParallelCase(measures=run_moe, stage=2),
+    "ulysses-zero1": ParallelCase(measures=run_ulysses, stage=1),
+    "ulysses-zero2": ParallelCase(measures=run_ulysses, stage=2),
+    "ulysses-zero3": ParallelCase(
+        measures=run_ulysses, stage=3, wrapper="DeepSpeedZeroOptimizer_Stage3"
+    ),
+    "pipeline-zero0": ParallelCase(measures=run_pipeline, stage=0, wrapper="ALTO"),
+    "pipeline-zero1": ParallelCase(measures=run_pipeline, stage=1),
+    "pipeline-zero1-bf16": ParallelCase(measures=run_pipeline, stage=1, **BF16_OPTIMIZER),
+}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 
-class Report:
+class Metrics:
     """Written by rank 0; on other ranks every method does nothing.
 
     Args:
@@ -49,6 +50,8 @@ class Report:
             ppl=f"{perplexity(row['loss']):.1f}",
             tokens_s=f"{row['tokens_per_second']:,.0f}",
         )
+        if "val_loss" in row:
+            self.say(_evaluation_line(row))
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""
@@ -91,6 +94,44 @@ class Report:
             axis.grid(alpha=0.3)
         figure.savefig(self.folder / "curves.png", dpi=110)
         pyplot.close(figure)
+
+
+def trust_ratio_metrics(engine: Any) -> dict[str, float]:
+    """How the latest step scaled the layers: the smallest, median and largest trust ratio.
+
+    Needs no communication, and waits for the device. The same on every rank.
+
+    Args:
+        engine: DeepSpeed's engine, of whose optimizer wrappers the innermost may be ALTO.
+
+    Returns:
+        The number of scaled layers in ``layers_scaled``, and the three over them where there are
+        any. Nothing where the optimizer has no trust ratios.
+    """
+    optimizer = engine.optimizer
+    while not hasattr(optimizer, "trust_ratios"):
+        if not hasattr(optimizer, "optimizer"):
+            return {}
+        optimizer = optimizer.optimizer
+    layers = optimizer.trust_ratios(engine.module.named_parameters()).values()
+    ratios = [layer.ratio for layer in layers if layer.scaled]
+    if not ratios:
+        return {"layers_scaled": 0}
+    return {
+        "trust_ratio_min": min(ratios),
+        "trust_ratio_median": statistics.median(ratios),
+        "trust_ratio_max": max(ratios),
+        "layers_scaled": len(ratios),
+    }
+
+
+def _evaluation_line(row: dict[str, Any]) -> str:
+    line = (
+        f"step {row['step']}: held-out loss {row['val_loss']:.4f}, perplexity {row['val_ppl']:.2f}"
+    )
+    if "trust_ratio_median" in row:
+        line += f", median trust ratio {row['trust_ratio_median']:.3g}"
+    return line
 
 
 def perplexity(loss: float) -> float:

@@ -8,30 +8,32 @@ documentation that every machine has. ``--text`` reads files, ``--dataset`` anyt
 from __future__ import annotations
 
 import sysconfig
-from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 
+from alto_ds.pretrain.settings import DataSettings
+
 TEXT = "text"
 
 
-def documents(arguments: Namespace) -> Any:
-    """Return the documents that the command line names: a dataset with one column, ``text``.
+def documents(settings: DataSettings) -> Any:
+    """Return the documents that the settings name: a dataset with one column, ``text``.
 
     Returns:
-        ``datasets.Dataset``, or ``datasets.IterableDataset`` with ``--streaming``.
+        ``datasets.Dataset``, or ``datasets.IterableDataset`` where the settings say ``streaming``.
 
     Raises:
         ValueError: a file is missing, a dataset has no such column, or there is no text at all.
     """
-    if arguments.dataset:
-        return _named_dataset(arguments)
-    if arguments.streaming:
-        raise ValueError("--streaming goes with --dataset; leave it out for files.")
-    files = [Path(name) for name in arguments.text] if arguments.text else _standard_library()
+    if settings.dataset:
+        return _text_column(_load(settings, settings.dataset), settings)
+    return _of_files(settings.text or _standard_library())
+
+
+def _of_files(files: Sequence[Path]) -> Any:
     missing = [str(path) for path in files if not path.is_file()]
     if missing:
         raise ValueError(f"--text names files that do not exist: {', '.join(missing)}.")
@@ -43,7 +45,7 @@ def documents(arguments: Namespace) -> Any:
 
 
 def _read(stamps: list[list[Any]]) -> Iterator[dict[str, str]]:
-    """One document per line group of a file: long files are cut so that they can be split."""
+    """One document per 20,000 characters of a file, so that one long file can be split."""
     for path, *_ in stamps:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
         for start in range(0, len(text), 20_000):
@@ -60,19 +62,19 @@ def _standard_library() -> list[Path]:
     )
 
 
-def _named_dataset(arguments: Namespace) -> Any:
-    name, split = arguments.dataset, arguments.dataset_split
+def _load(settings: DataSettings, name: str) -> Any:
+    streaming = settings.streaming
     if name.endswith((".jsonl", ".json")):
         if not Path(name).is_file():
             raise ValueError(f"--dataset names a file that does not exist: {name}.")
-        loaded = datasets.load_dataset(
-            "json", data_files=name, split="train", streaming=arguments.streaming
-        )
-    else:
-        loaded = datasets.load_dataset(
-            name, arguments.dataset_config, split=split, streaming=arguments.streaming
-        )
-    column = arguments.text_column
+        return datasets.load_dataset("json", data_files=name, split="train", streaming=streaming)
+    return datasets.load_dataset(
+        name, settings.dataset_config, split=settings.dataset_split, streaming=streaming
+    )
+
+
+def _text_column(loaded: Any, settings: DataSettings) -> Any:
+    name, column = settings.dataset, settings.text_column
     if loaded.column_names is not None and column not in loaded.column_names:
         raise ValueError(
             f"--text_column={column} is not in dataset {name}, which has the columns "

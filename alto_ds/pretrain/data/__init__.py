@@ -1,0 +1,1 @@
+"""From text to batches of tokens: ``text``, then ``tokenizer``, then ``sequences``."""

@@ -1,0 +1,83 @@
+"""What must resuming a run not change?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from alto_ds.pretrain.settings import Settings
+
+# Sections of DeepSpeed's JSON that decide the weights; others are asked of the engine.
+DECISIVE = ("optimizer", "scheduler", "torch_autocast")
+FILE = "run.json"
+
+
+def identity_of(settings: Settings, engine: Any, fingerprint: str) -> dict[str, Any]:
+    """All that decides the weights of a run.
+
+    Args:
+        settings: of the run.
+        engine: DeepSpeed's engine, for what it has derived from the JSON.
+        fingerprint: of text and tokenizer.
+    """
+    model, data, config = settings.model, settings.data, settings.deepspeed_config
+    trained = data.tokenizer is None  # a resumed run goes on with that tokenizer and trains none
+    return {
+        "model": model.model,
+        "seq_length": model.length,
+        "seed": settings.run.seed,
+        "train_batch_size": engine.train_batch_size(),
+        "dropout": model.dropout,
+        "validation_sequences": data.validation_sequences,
+        "vocab_size": data.vocab_size if trained else None,
+        "tokenizer_documents": data.tokenizer_documents if trained else None,
+        **{key: config[key] for key in DECISIVE if key in config},
+        "gradient_clipping": engine.gradient_clipping(),
+        "bf16": engine.bfloat16_enabled(),
+        "fp16": engine.fp16_enabled(),
+        "zero_optimization.stage": engine.zero_optimization_stage(),
+        "data": fingerprint,
+        "ranks": dist.get_world_size(),
+    }
+
+
+def write_identity(folder: Path, identity: dict[str, Any]) -> None:
+    """Write a run's identity into its folder, at once, so that it is never half written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    new = folder / f"{FILE}.new"
+    new.write_text(json.dumps(identity, indent=2) + "\n")
+    new.replace(folder / FILE)
+
+
+def check_identity(folder: Path, identity: dict[str, Any]) -> None:
+    """Refuse to go on with a run that would not be the same one, before anything is loaded.
+
+    Raises:
+        ValueError: naming each setting that differs from those the run was started with.
+    """
+    then = _flat(json.loads((folder / FILE).read_text()))
+    now = _flat(identity)
+    changed = [
+        f"{key}={then.get(key)}, now {now.get(key)}"
+        for key in dict.fromkeys([*then, *now])
+        if then.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"the run in {folder} was started with {'; '.join(changed)}. Use the same settings to "
+            "resume it, or another --output_dir to start anew."
+        )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by names such as ``optimizer.params.lr``."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found

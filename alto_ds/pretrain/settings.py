@@ -1,0 +1,188 @@
+"""What may a user set of a pre-training run, and which values are refused?
+
+The fields have the names of the command's options. Whoever makes the settings in Python, not from
+a command line, gets the same checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# The sizes of GPT-2 (Radford et al., 2019) by their names on the Hugging Face hub, and one that
+# learns on a CPU within minutes.
+SIZES: dict[str, dict[str, int]] = {
+    "gpt2-tiny": {"n_layer": 2, "n_embd": 128, "n_head": 4, "n_positions": 128},
+    "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 1024},
+    "gpt2-medium": {"n_layer": 24, "n_embd": 1024, "n_head": 16, "n_positions": 1024},
+    "gpt2-large": {"n_layer": 36, "n_embd": 1280, "n_head": 20, "n_positions": 1024},
+    "gpt2-xl": {"n_layer": 48, "n_embd": 1600, "n_head": 25, "n_positions": 1024},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which model is trained.
+
+    Attributes:
+        model: a name of :data:`SIZES`.
+        seq_length: tokens in a sequence; None for as many as the model has positions.
+        dropout: probability of GPT-2's three kinds of dropout.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    model: str
+    seq_length: int | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.model not in SIZES:
+            raise ValueError(f"--model={self.model} must be one of {', '.join(SIZES)}")
+        _at_least(2, seq_length=self.seq_length)  # one token to predict the next from
+        if self.length > self.positions:
+            raise ValueError(
+                f"--seq_length={self.length}: {self.model} takes {self.positions} tokens at most"
+            )
+
+    @property
+    def positions(self) -> int:
+        """Tokens that the model takes at most."""
+        return SIZES[self.model]["n_positions"]
+
+    @property
+    def length(self) -> int:
+        """Tokens in a sequence."""
+        return self.positions if self.seq_length is None else self.seq_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Which text is trained on, and how it becomes tokens.
+
+    Attributes:
+        text: UTF-8 files; none of ``text`` and ``dataset`` is Python's own standard library.
+        dataset: hub name, local folder or .jsonl file for the ``datasets`` library.
+        dataset_config: configuration of the dataset on the hub.
+        dataset_split: split of the dataset.
+        text_column: column of the dataset with the text.
+        streaming: read the dataset while training and do not download it first.
+        validation_fraction: part of the documents that is held out, in (0, 1).
+        validation_sequences: held-out sequences at most.
+        tokenizer: hub name or folder; None to train a byte-level BPE on the text.
+        vocab_size: tokens of the tokenizer that is trained.
+        tokenizer_documents: documents that it is trained on, at most.
+
+    Raises:
+        ValueError: a value is out of its range, or two do not go together.
+    """
+
+    text: Sequence[Path] = ()
+    dataset: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    text_column: str = "text"
+    streaming: bool = False
+    validation_fraction: float = 0.02
+    validation_sequences: int = 2000
+    tokenizer: str | None = None
+    vocab_size: int = 4096
+    tokenizer_documents: int = 100_000
+
+    def __post_init__(self) -> None:
+        if self.text and self.dataset:
+            raise ValueError("--text and --dataset both name text; give one of them")
+        if self.streaming and not self.dataset:
+            raise ValueError("--streaming goes with --dataset; leave it out for files")
+        _at_least(
+            1,
+            validation_sequences=self.validation_sequences,
+            tokenizer_documents=self.tokenizer_documents,
+        )
+        _at_least(257, vocab_size=self.vocab_size)  # the bytes and end of text
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"--validation_fraction={self.validation_fraction} must be in (0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """How long a run takes and what it leaves.
+
+    Attributes:
+        output_dir: folder for checkpoints, metrics and the model.
+        max_steps: steps to take; None for ``total_num_steps`` of the JSON's scheduler.
+        eval_interval: steps between evaluations.
+        save_interval: steps between checkpoints.
+        seed: of weights, order of the data and dropout.
+        timeout: seconds a rank waits for the others before it ends with an error. The command's
+            own default follows DEEPSPEED_TIMEOUT.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    output_dir: Path
+    max_steps: int | None = None
+    eval_interval: int = 100
+    save_interval: int = 100
+    seed: int = 1234
+    timeout: int = 600
+
+    def __post_init__(self) -> None:
+        _at_least(
+            1,
+            max_steps=self.max_steps,
+            eval_interval=self.eval_interval,
+            save_interval=self.save_interval,
+            timeout=self.timeout,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All settings of one run.
+
+    Attributes:
+        model: which model.
+        data: on which text.
+        run: how long.
+        deepspeed_config: DeepSpeed's JSON as parsed.
+
+    Raises:
+        ValueError: the JSON has no optimizer, or nothing says how many steps to take.
+    """
+
+    model: ModelSettings
+    data: DataSettings
+    run: RunSettings
+    deepspeed_config: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if "optimizer" not in self.deepspeed_config:
+            raise ValueError('--deepspeed_config has no "optimizer"; add one, as in configs/')
+        if self.run.max_steps is None and "total_num_steps" not in self._scheduler:
+            raise ValueError("--max_steps is needed: the JSON's scheduler has no total_num_steps")
+
+    @property
+    def steps(self) -> int:
+        """Steps to take, those of earlier starts of the run included."""
+        given = self.run.max_steps
+        return self._scheduler["total_num_steps"] if given is None else given
+
+    @property
+    def warmup_steps(self) -> int | None:
+        """Steps of the schedule's warm-up, None without one."""
+        return self._scheduler.get("warmup_num_steps")
+
+    @property
+    def _scheduler(self) -> Mapping[str, Any]:
+        return self.deepspeed_config.get("scheduler", {}).get("params", {})
+
+
+def _at_least(minimum: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < minimum:
+            raise ValueError(f"--{name}={value} must be at least {minimum}")

@@ -1,0 +1,81 @@
+"""What must be there before the first step: the data on all ranks, and DeepSpeed's engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+
+from alto_ds.pretrain import checkpoints
+from alto_ds.pretrain.data.sequences import Sequences, make_sequences
+from alto_ds.pretrain.model import make_model, model_config, parameter_groups
+from alto_ds.pretrain.ranks import SetupError, on_ranks
+from alto_ds.pretrain.settings import Settings
+
+
+def checkpoints_of(settings: Settings) -> Path:
+    """Folder of the run's checkpoints."""
+    return settings.run.output_dir / "checkpoints"
+
+
+def prepare_data(settings: Settings) -> Sequences:
+    """Read and tokenize the text. All ranks must call this together.
+
+    Raises:
+        SetupError: on all ranks, where text or settings do not fit.
+    """
+    check_batch_size(settings.deepspeed_config, dist.get_world_size())
+    resumed = checkpoints.exist(checkpoints_of(settings))
+    rank = dist.get_rank()
+    # The first rank fills the caches of tokenizer and sequences, then the first of each other
+    # node, whose folders may be its own; the rest then find them.
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    turns = (rank == 0, first and rank > 0, not first and rank > 0)
+    prepared = [on_ranks(turn, lambda: make_sequences(settings, resumed)) for turn in turns]
+    data = next(mine for mine in prepared if mine is not None)
+    fingerprints: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(fingerprints, data.fingerprint)
+    if len(set(fingerprints)) > 1:
+        raise SetupError(
+            f"the ranks have read different text or trained different tokenizers "
+            f"(fingerprints {sorted(set(fingerprints))}): is Python's standard library the same "
+            "on all nodes? Name the text by --text or --dataset."
+        )
+    return data
+
+
+def make_engine(settings: Settings, tokenizer: Any) -> Any:
+    """A model with random weights in DeepSpeed's engine. All ranks must call this together."""
+    model = make_model(model_config(settings.model, tokenizer), settings.run.seed)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=parameter_groups(model),
+        config=settings.deepspeed_config,
+    )
+    # DeepSpeed makes the group of ZeRO's collectives, and ALTO's, with PyTorch's own timeout.
+    dist.distributed_c10d._set_pg_timeout(
+        timedelta(seconds=settings.run.timeout), engine.seq_data_parallel_group
+    )
+    return engine
+
+
+def check_batch_size(config: Mapping[str, Any], world_size: int) -> None:
+    """Refuse a global batch that the ranks cannot share equally, before any text is read.
+
+    Raises:
+        SetupError: on all ranks.
+    """
+    batch_size = config.get("train_batch_size")
+    micro = config.get("train_micro_batch_size_per_gpu")
+    if not (isinstance(batch_size, int) and isinstance(micro, int) and micro > 0):
+        return  # DeepSpeed computes the missing one, or refuses it
+    if batch_size % (micro * world_size):
+        raise SetupError(
+            f"train_batch_size={batch_size} is not a multiple of train_micro_batch_size_per_gpu="
+            f"{micro} times {world_size} rank(s); change one of the three."
+        )

@@ -1,0 +1,117 @@
+"""The settings of the main job, from the command line or made in Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("deepspeed")
+
+from alto_ds.pretrain.command import parse_arguments
+from alto_ds.pretrain.settings import DataSettings, ModelSettings, RunSettings, Settings
+from tests.launcher import ROOT
+
+CONFIG = ROOT / "configs/gpt2_tiny_zero2.json"
+
+
+def parsed(*more: str, config: Path = CONFIG) -> Settings:
+    required = ("--model", "gpt2-tiny", "--output_dir", "out", "--deepspeed_config", str(config))
+    return parse_arguments([*required, *more])
+
+
+def test_options_that_are_not_given_have_the_defaults_of_the_settings() -> None:
+    config = json.loads(CONFIG.read_text())
+    assert parsed() == Settings(
+        model=ModelSettings(model="gpt2-tiny"),
+        data=DataSettings(),
+        run=RunSettings(output_dir=Path("out")),
+        deepspeed_config=config,
+    )
+
+
+def test_options_that_are_given_reach_the_settings() -> None:
+    settings = parsed(
+        *("--seq_length", "64", "--dropout", "0.1", "--text", "a.txt", "b.txt"),
+        *("--vocab_size", "300", "--max_steps", "7", "--timeout", "30", "--local_rank", "0"),
+    )
+    assert settings.model == ModelSettings(model="gpt2-tiny", seq_length=64, dropout=0.1)
+    assert settings.data == DataSettings(text=[Path("a.txt"), Path("b.txt")], vocab_size=300)
+    assert settings.run == RunSettings(output_dir=Path("out"), max_steps=7, timeout=30)
+
+
+def test_every_setting_is_an_option() -> None:
+    options = {
+        "streaming": ["--dataset", "d", "--streaming"],
+        "text": ["--text", "7"],
+        "model": ["--model", "gpt2"],
+        "validation_fraction": ["--validation_fraction", "0.7"],
+        "vocab_size": ["--vocab_size", "700"],
+    }
+    for part in ("model", "data", "run"):
+        for field in dataclasses.fields(getattr(parsed(), part)):
+            changed = parsed(*options.get(field.name, [f"--{field.name}", "7"]))
+            old, new = (getattr(getattr(s, part), field.name) for s in (parsed(), changed))
+            assert old != new, field.name
+
+
+def test_what_is_left_to_model_and_schedule_is_derived() -> None:
+    settings = parsed()
+    assert (settings.model.length, settings.steps, settings.warmup_steps) == (128, 300, 20)
+    settings = parsed("--seq_length", "16", "--max_steps", "3")
+    assert (settings.model.length, settings.steps, settings.warmup_steps) == (16, 3, 20)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--deepspeed_config", "none.json"], "none.json is no file"),
+        (["--seq_length", "129"], "--seq_length=129: gpt2-tiny takes 128"),
+        (["--validation_fraction", "1.5"], "--validation_fraction=1.5 must be in"),
+        (["--max_steps", "0"], "--max_steps=0 must be at least 1"),
+        (["--seq_length", "1"], "--seq_length=1 must be at least 2"),  # no token to predict
+        (["--vocab_size", "256"], "--vocab_size=256 must be at least 257"),
+        (["--dataset", "x", "--text", "y"], "give one of them"),
+        (["--streaming"], "--streaming goes with --dataset"),
+    ],
+)
+def test_wrong_arguments_end_with_a_message(
+    capsys: pytest.CaptureFixture[str], wrong: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        parsed(*wrong)
+    printed = capsys.readouterr().err
+    assert "alto_ds.pretrain: error: " in printed
+    assert message in printed
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (ModelSettings, {"model": "gpt3"}, "--model=gpt3 must be one of gpt2-tiny, gpt2, "),
+        (ModelSettings, {"model": "gpt2", "seq_length": 1025}, "gpt2 takes 1024"),
+        (RunSettings, {"output_dir": Path(), "timeout": 0}, "--timeout=0 must be at least 1"),
+    ],
+)
+def test_settings_made_in_python_are_checked_as_well(
+    kind: Any, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(**values)
+
+
+def test_a_configuration_without_optimizer_or_number_of_steps_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.json"
+    for config, message in (
+        ({"train_batch_size": 8}, 'has no "optimizer"'),
+        ({"optimizer": {}}, "--max_steps is needed"),
+    ):
+        path.write_text(json.dumps(config))
+        with pytest.raises(SystemExit):
+            parsed(config=path)
+        assert message in capsys.readouterr().err
