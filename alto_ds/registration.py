@@ -11,6 +11,7 @@ tensors of unknown origin in ``layout/``.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
@@ -23,7 +24,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import register_multi_grad_hook
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from alto_ds.layout import Layer, zero
 from alto_ds.trust_ratio import add_over_ranks, rows_to_add
@@ -103,24 +103,45 @@ def hint_at_placeholders(params: Iterable[Any]) -> str:
 
 
 def refuse_at_first_gradient(name: str, optimizer: Optimizer, params: Iterable[Tensor]) -> None:
-    """Have :func:`refuse_other_updates` asked when the first gradient of ``params`` is there.
+    """Refuse ZenFlow and SuperOffload before they change a weight; they may never call us.
 
-    That is before ZenFlow, which may never call the optimizer, changes a weight. Does nothing
-    where DeepSpeed has not been imported.
+    It is asked once, when the first gradient of ``params`` is there, for ZenFlow updates weights
+    in that backward pass. Does nothing where DeepSpeed has not been imported.
+
+    Args:
+        name: the optimizer's.
+        optimizer: what should update the weights.
+        params: the model's own parameters.
     """
     trained = [param for param in params if param.requires_grad]
     if "deepspeed" not in sys.modules or not trained:
         return
-    # Weak, for a cycle of references would keep DeepSpeed's process groups alive at exit.
-    this = weakref.ref(optimizer)
-    handles: list[RemovableHandle] = []
+    # Weak, so that a hook that never runs keeps nothing alive.
+    ours, one = weakref.ref(optimizer), weakref.ref(trained[0])
 
     def ask(_: Tensor) -> None:
         handles.pop().remove()
-        if (asked := this()) is not None:
-            refuse_other_updates(name, asked.param_groups, trained[:1])
+        asked, param = ours(), one()
+        if asked is None or param is None:
+            return
+        if _zenflow_holds(param):
+            raise _zenflow_error(name)
+        refuse_other_updates(name, asked.param_groups, [param])
 
-    handles.append(register_multi_grad_hook(trained, ask, mode="any"))
+    handles = [register_multi_grad_hook(trained, ask, mode="any")]
+
+
+def _zenflow_holds(param: Tensor) -> bool:
+    """Whether an optimizer of ZenFlow's own updates ``param``.
+
+    Under ZeRO 1 and 2 nothing leads from a parameter to it, so all objects are looked through,
+    which takes a tenth of a second.
+    """
+    return any(
+        any(param is held for group in found.param_groups for held in group["params"])
+        for found in gc.get_objects()
+        if type(found).__name__ == "ZenFlowSelectiveAdamW"
+    )
 
 
 def refuse_other_updates(

@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(f"{NAME}: {error}", file=sys.stderr)
         sys.exit(2)
+    # Python's end may else overtake a thread of gloo that lets go of the last gathered tensors.
+    dist.barrier()
     dist.destroy_process_group()
     sys.exit(0 if finished else INTERRUPTED)
 

@@ -33,4 +33,6 @@ for _ in range(30):
 if rank == 0:
     inner = getattr(optimizer, "optimizer", optimizer)
     print(f"RESULT {arguments.greeting} {type(inner).__name__} {losses[0]:.4f} {losses[-1]:.4f}")
+# Python's end may else overtake a thread of gloo that lets go of the last gathered tensors.
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()

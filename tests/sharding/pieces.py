@@ -88,7 +88,7 @@ def padding_of(tensor: Tensor, pieces: Iterable[Piece]) -> Tensor:
 
 
 def assemble(
-    values: Mapping[str, Mapping[Tensor, Tensor]], pieces: Pieces, sharded: bool
+    values: Mapping[str, Mapping[Tensor, Tensor]], pieces: Pieces, sharded: bool, group: Any = None
 ) -> dict[str, dict[str, Tensor]]:
     """Whole layers from the parts that all ranks hold; each element must be there just once.
 
@@ -99,6 +99,7 @@ def assemble(
             optimizer's tensors.
         pieces: where layers lie in these.
         sharded: whether other ranks hold the rest.
+        group: the ranks that call this; None for all.
 
     Returns:
         For each key the layers ``[..., *shape]`` by their names.
@@ -111,7 +112,7 @@ def assemble(
     ]
     if sharded:
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
+        dist.all_gather_object(everyone, mine, group=group)
         mine = [part for parts in everyone for part in parts]
     parts_of: dict[str, dict[str, list[Tensor]]] = {key: {} for key in values}
     for key, name, start, part in sorted(mine, key=lambda part: part[:3]):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,9 @@ def range_of(name: str, rank: int) -> tuple[int, int]:
 def resolve(tensors: Sequence[Tensor], params: Sequence[Tensor], names: Any) -> Layout | None:
     """The layers of a group, on every rank, and this rank's fragments.
 
-    A model's parameter knows its place in the model, and a shard its parameter.
+    A model's parameter knows its place in the model and who shares it, a shard its parameter.
     """
-    trained = [param for param in params if param.requires_grad]
+    trained: list[Any] = [param for param in params if param.requires_grad]
     if not all(hasattr(param, "place") for param in trained):
         return None
     rows = {param: row for row, param in enumerate(trained)}
@@ -98,15 +99,13 @@ def resolve(tensors: Sequence[Tensor], params: Sequence[Tensor], names: Any) -> 
                 whole=whole,
             )
         )
-    world = dist.group.WORLD
-    assert world is not None
-    layers = tuple(Layer(param, names[param], (world,)) for param in trained)
+    layers = tuple(Layer(param, names[param], (param.group,)) for param in trained)
     return Layout(layers=layers, fragments=tuple(fragments))
 
 
-def shard_of(name: str, param: Any) -> Any:
+def shard_of(name: str, param: Any, group: Any) -> Any:
     """This rank's piece of a parameter as a tensor of its own; None where it has none."""
-    param.place = name
+    param.place, param.group = name, group
     begin, end = range_of(name, dist.get_rank())
     if begin == end:
         return None
@@ -128,14 +127,17 @@ def run_shards(case: ShardCase, _: Path) -> dict[str, Any]:
 def train(case: ShardCase) -> dict[str, Any]:
     """See :func:`run_shards`."""
     settings = SETTINGS | case.optimizer
+    # A group of its own, of less patience than the others': a rank that does not join must not
+    # break other cases.
+    group = dist.new_group(timeout=timedelta(seconds=30))
     model = LinearModel()
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     yardstick = Yardstick(named, functools.partial(alto_ds.ALTO, **settings))
     optimizer = case.make(model.groups(), **settings)
-    shards = {name: shard_of(name, param) for name, param in named.items()}
+    shards = {name: shard_of(name, param, group) for name, param in named.items()}
     shards = {name: shard for name, shard in shards.items() if shard is not None}
-    for index, group in enumerate(optimizer.param_groups):
-        group["params"] = [s for n, s in shards.items() if LinearModel.group_of(n) == index]
+    for index, param_group in enumerate(optimizer.param_groups):
+        param_group["params"] = [s for n, s in shards.items() if LinearModel.group_of(n) == index]
     counter = AllReduceCounter(optimizer)
     for step in range(STEPS):
         samples = range(step * BATCH, (step + 1) * BATCH)
@@ -151,7 +153,7 @@ def train(case: ShardCase) -> dict[str, Any]:
     pieces = {
         s: [Piece(n, range_of(n, dist.get_rank())[0], s.numel(), 0)] for n, s in shards.items()
     }
-    found = assemble(values, pieces, sharded=True)
+    found = assemble(values, pieces, sharded=True, group=group)
     result = {
         "held": {name: shard.numel() for name, shard in shards.items()},
         "sent": counter.calls,

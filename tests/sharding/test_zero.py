@@ -151,3 +151,15 @@ def test_state_is_12_bytes_per_parameter_and_8_for_lamb_or_bf16(world_size: int,
     assert [rank["state_bytes"] / rank["owned"] for rank in ranks] == [expected] * world_size
     assert len({rank["owned"] for rank in ranks}) == 1
     assert ranks[0]["owned"] * world_size == pytest.approx(ranks[0]["parameters"], rel=0.05)
+
+
+def test_a_script_misled_by_the_placeholders_of_zero_init_is_told_so_and_all_is_scaled() -> None:
+    """Otherwise it would train without a single trust ratio, and without a word."""
+    ranks = measured(2, "misled-by-zero-init")
+    assert [len(rank["warnings"]) for rank in ranks] == [1, 0]
+    assert "partitioned by deepspeed.zero.Init" in ranks[0]["warnings"][0]
+    for rank in ranks:
+        assert rank["undecayed"] == 11  # the precondition: all of them, matrices too
+        assert len(rank["scaled"]) >= 9
+        assert all(rank["scaled"].values())
+        assert rank["ratios"]["matrix"] != 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -322,6 +323,7 @@ def run_refused(case: ZeroCase, _: Path) -> dict[str, Any]:
     try:
         with engine_of(case) as engine:
             tensors = [tensor for group in bare(engine).param_groups for tensor in group["params"]]
+            tensors += engine.module.parameters()  # ZenFlow changes these first
             before = [tensor.detach().clone() for tensor in tensors]
             try:
                 for step in range(3):  # ZenFlow does not step the optimizer at once
@@ -331,6 +333,31 @@ def run_refused(case: ZeroCase, _: Path) -> dict[str, Any]:
     except RuntimeError as error:
         result["message"] = str(error)
     return result
+
+
+def run_misled(case: ZeroCase, _: Path) -> dict[str, Any]:
+    """As Megatron-DeepSpeed chooses what decays, which finds all shapes one-dimensional here."""
+    config = case.json(dist.get_world_size())
+    del config["scheduler"]
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        model = LinearModel()
+    undecayed = [param for param in model.parameters() if len(param.shape) == 1]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine, *_others = deepspeed.initialize(
+            model=model,
+            model_parameters=[{"params": undecayed, "weight_decay": 0.0}],
+            config=config,
+        )
+    train_step(engine, case, 0)
+    ratios = bare(engine).trust_ratios(model.named_parameters())
+    engine.destroy()
+    return {
+        "undecayed": len(undecayed),
+        "scaled": {name: row.scaled for name, row in ratios.items()},
+        "ratios": {name: row.ratio for name, row in ratios.items()},
+        "warnings": [str(w.message) for w in caught if "no parameter group" in str(w.message)],
+    }
 
 
 BF16 = {"bf16": {"enabled": True}}
@@ -475,6 +502,9 @@ CASES: dict[str, ZeroCase] = {
         )
         for zero in (ZERO1, ZERO2, ZERO3)
     },
+    "misled-by-zero-init": ZeroCase(
+        measures=run_misled, worlds=(2,), zero=ZERO3, config=BF16, wrapper=STAGE3
+    ),
     # The optimizer's own settings are left out, for ZenFlow's AdamW would stop at them.
     **{
         f"refused-zenflow-{optimizer.lower()}{'-overlap' if overlap else ''}": ZeroCase(
