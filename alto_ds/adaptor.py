@@ -193,11 +193,13 @@ class E(Optimizer):
             What ``closure`` returned, else what the base optimizer's ``step`` returns.
 
         Raises:
+            ValueError: α or β has been set out of its bounds.
             RuntimeError: a gradient is sparse or complex, a state does not fit its parameter,
                 parameters are cut and the base optimizer is not elementwise, or a wrapper does
                 what E cannot. Raised before anything is changed.
         """
         registration.refuse_step_arguments("E", others)
+        check_alpha(self.alpha, self.beta, "beta")
         loss = None
         if closure is not None:
             with torch.enable_grad():

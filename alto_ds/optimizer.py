@@ -298,7 +298,7 @@ class ALTO(Optimizer):
 
     def _only_makes_states(self, shards: Sequence[Shard]) -> bool:
         """Whether this is a wrapper's call that must not count as a step."""
-        fresh = [s.part.layout.master_copy and not self.state[s.tensor][STEP] for s in shards]
+        fresh = [s.part.layout.master_copy and not self.state[s.tensor].get(STEP) for s in shards]
         if not fresh or not all(fresh):
             return False
         layers = [shard.part.layout.layers[shard.place] for shard in shards]

@@ -85,6 +85,9 @@ def check(group: Mapping[str, Any], *, wait_for_device: bool = True) -> None:
 
 def check_alpha(alpha: float, beta: float, beta_name: str) -> None:
     """Raise ValueError unless 0 <= beta < 1 and |alpha| < 1 / (1 − beta)."""
+    for name, value in (("alpha", alpha), (beta_name, beta)):
+        if not _is_number(value):
+            raise ValueError(f"{name}={value!r} must be a number.")
     if not 0 <= beta < 1:
         raise ValueError(f"{beta_name}={beta} is out of bounds; use 0 <= {beta_name} < 1.")
     if not math.isfinite(alpha):

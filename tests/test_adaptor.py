@@ -195,6 +195,12 @@ def test_bad_settings_are_refused() -> None:
         E(base, alpha=-5.0, beta=0.5)
     with pytest.raises(ValueError, match=r"beta=1.0 is out of bounds"):
         E(base, alpha=0.0, beta=1.0)
+    with pytest.raises(ValueError, match="alpha='auto' must be a number"):
+        E(base, alpha="auto")  # type: ignore[arg-type]
+    optimizer = E(base)
+    optimizer.alpha = float("nan")
+    with pytest.raises(ValueError, match="alpha=nan must be finite"):
+        optimizer.step()
     with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer"):
         E(torch.optim.SGD)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="LBFGS"):
