@@ -1,4 +1,4 @@
-"""All that is known of DeepSpeed outside ``layout/``: its lists, its ways, and what is refused.
+"""All that is known of DeepSpeed outside ``layout/``: its lists, and what is refused.
 
 DeepSpeed looks an optimizer type that it does not know up in ``torch.optim`` and accepts it under
 ZeRO where its class is in a list of its own. Both are open to additions, so nothing is patched,

@@ -2,7 +2,11 @@
 
 import os
 
+import hypothesis
 import torch
+
+# pytest --hypothesis-profile=10000, where a test leaves the number of examples open.
+hypothesis.settings.register_profile("10000", max_examples=10_000)
 
 # The models are tiny: more threads would only get in each other's way, and in that of the ranks.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

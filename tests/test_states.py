@@ -23,8 +23,6 @@ from torch import nn
 from alto_ds import ALTO, E, states
 from alto_ds.kernels import cpu
 
-settings.register_profile("10000", max_examples=10_000)
-
 SHAPES = [(), (1,), (7,), (4096,), (3, 5), (5, 3), (64, 65)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool]
 SANITIZE = ["-fsanitize=address", "-g"]

@@ -56,7 +56,7 @@ def save(engine: Any, folder: Path, step: int, client_state: dict[str, Any]) -> 
         engine: DeepSpeed's engine.
         folder: of the run's checkpoints; the ranks share it.
         step: number of steps done, which names the checkpoint.
-        client_state: what :func:`load` shall return.
+        client_state: what :func:`load` returns.
     """
     engine.save_checkpoint(str(folder), tag=f"step{step:07d}", client_state=client_state)
     dist.barrier()

@@ -41,14 +41,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
         init_distributed(timedelta(seconds=settings.run.timeout))
-        # Before any collective: with NCCL, all ranks of a node would else use its first GPU.
+        # Before any collective: otherwise, with NCCL, all ranks of a node use its first GPU.
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
         finished = pretrain(settings)
     except (SetupError, checkpoints.CheckpointError) as error:
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(f"{NAME}: {error}", file=sys.stderr)
         sys.exit(2)
-    # Python's end may else overtake a thread of gloo that lets go of the last gathered tensors.
+    # Otherwise Python may exit while a thread of gloo still frees the last gathered tensors.
     dist.barrier()
     dist.destroy_process_group()
     sys.exit(0 if finished else INTERRUPTED)

@@ -106,7 +106,7 @@ def trust_ratio_metrics(engine: Any) -> dict[str, float]:
 
     Returns:
         The number of scaled layers in ``layers_scaled``, and the three over them where there are
-        any. Nothing where the optimizer has no trust ratios.
+        any; all NaN where a layer's is. Nothing where the optimizer has no trust ratios.
     """
     optimizer = engine.optimizer
     while not hasattr(optimizer, "trust_ratios"):
@@ -117,10 +117,13 @@ def trust_ratio_metrics(engine: Any) -> dict[str, float]:
     ratios = [layer.ratio for layer in layers if layer.scaled]
     if not ratios:
         return {"layers_scaled": 0}
+    low, median, high = min(ratios), statistics.median(ratios), max(ratios)
+    if any(map(math.isnan, ratios)):  # which comparisons would pass over
+        low = median = high = math.nan
     return {
-        "trust_ratio_min": min(ratios),
-        "trust_ratio_median": statistics.median(ratios),
-        "trust_ratio_max": max(ratios),
+        "trust_ratio_min": low,
+        "trust_ratio_median": median,
+        "trust_ratio_max": high,
         "layers_scaled": len(ratios),
     }
 

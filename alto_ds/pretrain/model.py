@@ -34,7 +34,7 @@ def make_model(config: GPT2Config, seed: int) -> GPT2LMHeadModel:
 
     Not under ``deepspeed.zero.Init``: there transformers initialises weights that have been
     partitioned away, and GPT-2 starts from PyTorch's defaults, at a loss of 90 in place of 8.
-    Each rank so holds the whole model once, on the CPU, which GPT-2's sizes allow.
+    So each rank holds the whole model once, on the CPU, which GPT-2's sizes allow.
     """
     torch.manual_seed(seed)
     return GPT2LMHeadModel(config)

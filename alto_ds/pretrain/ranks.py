@@ -60,7 +60,7 @@ def _ask_mpi(started: int) -> None:
     mpi_discovery()
     found = int(os.environ["WORLD_SIZE"])
     if found != started:
-        # Else each process would be rank 0 of a run of its own, all in one output folder.
+        # Otherwise each process would be rank 0 of a run of its own, all in one output folder.
         raise SetupError(
             f"mpirun has started {started} processes, and mpi4py finds {found}: they are of "
             "different MPIs. Use the mpirun of the MPI that mpi4py loads, whose name this prints: "

@@ -43,6 +43,8 @@ class ModelSettings:
         if self.model not in SIZES:
             raise ValueError(f"--model={self.model} must be one of {', '.join(SIZES)}")
         _at_least(2, seq_length=self.seq_length)  # one token to predict the next from
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout={self.dropout} must be in [0, 1)")
         if self.length > self.positions:
             raise ValueError(
                 f"--seq_length={self.length}: {self.model} takes {self.positions} tokens at most"
@@ -163,8 +165,12 @@ class Settings:
     def __post_init__(self) -> None:
         if "optimizer" not in self.deepspeed_config:
             raise ValueError('--deepspeed_config has no "optimizer"; add one, as in configs/')
-        if self.run.max_steps is None and "total_num_steps" not in self._scheduler:
-            raise ValueError("--max_steps is needed: the JSON's scheduler has no total_num_steps")
+        total = self._scheduler.get("total_num_steps")
+        if self.run.max_steps is None and not (isinstance(total, int) and total > 0):
+            raise ValueError(
+                "--max_steps is needed: the JSON's scheduler has no total_num_steps that is a "
+                f"number of steps, but {total!r}"
+            )
 
     @property
     def steps(self) -> int:

@@ -49,6 +49,7 @@ def test_every_setting_is_an_option() -> None:
         "text": ["--text", "7"],
         "model": ["--model", "gpt2"],
         "validation_fraction": ["--validation_fraction", "0.7"],
+        "dropout": ["--dropout", "0.7"],
         "vocab_size": ["--vocab_size", "700"],
     }
     for part in ("model", "data", "run"):
@@ -76,6 +77,7 @@ def test_what_is_left_to_model_and_schedule_is_derived() -> None:
         (["--vocab_size", "256"], "--vocab_size=256 must be at least 257"),
         (["--dataset", "x", "--text", "y"], "give one of them"),
         (["--streaming"], "--streaming goes with --dataset"),
+        (["--dropout", "1"], "--dropout=1.0 must be in [0, 1)"),
     ],
 )
 def test_wrong_arguments_end_with_a_message(
@@ -110,6 +112,8 @@ def test_a_configuration_without_optimizer_or_number_of_steps_is_refused(
     for config, message in (
         ({"train_batch_size": 8}, 'has no "optimizer"'),
         ({"optimizer": {}}, "--max_steps is needed"),
+        ({"optimizer": {}, "scheduler": {"params": {"total_num_steps": None}}}, "but None"),
+        ({"optimizer": {}, "scheduler": {"params": {"total_num_steps": "auto"}}}, "but 'auto'"),
     ):
         path.write_text(json.dumps(config))
         with pytest.raises(SystemExit):

@@ -35,8 +35,8 @@ for _ in range(30):
 if rank == 0:
     inner = getattr(optimizer, "optimizer", optimizer)
     print(f"RESULT {arguments.greeting} {type(inner).__name__} {losses[0]:.4f} {losses[-1]:.4f}")
-# All have said what they know. In an orderly end Python may overtake a thread of gloo that lets go
-# of the last gathered tensors, and PyTorch aborts.
+# Not in an orderly way: Python may exit while a thread of gloo still frees the last gathered
+# tensors, and PyTorch aborts.
 torch.distributed.barrier()
 sys.stdout.flush()
 os._exit(0)

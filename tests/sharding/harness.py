@@ -13,6 +13,7 @@ import gc
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import subprocess
 import sys
@@ -67,7 +68,8 @@ def measured(world_size: int, name: str, *only: str) -> list[dict[str, Any]]:
         name: the case.
         only: all cases of the launch, where these are not all that are not slow.
     """
-    ranks, output = launch(world_size, *only)
+    ranks, status, output = launch(world_size, *only)
+    assert status == 0, output  # a crash at the end of a rank says that something was wrong before
     for rank in ranks:
         assert name in rank, output
         if "missing" in rank[name]:
@@ -77,8 +79,8 @@ def measured(world_size: int, name: str, *only: str) -> list[dict[str, Any]]:
 
 
 @functools.cache
-def launch(world_size: int, *only: str) -> tuple[list[dict[str, Any]], str]:
-    """Results by rank and case, as far as the ranks got, and the end of what they printed."""
+def launch(world_size: int, *only: str) -> tuple[list[dict[str, Any]], int, str]:
+    """Results by rank and case, exit status, and the end of what the ranks printed."""
     with tempfile.TemporaryDirectory() as folder:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         torchrun += [f"--nproc_per_node={world_size}", "-m", "tests.sharding.harness"]
@@ -90,10 +92,12 @@ def launch(world_size: int, *only: str) -> tuple[list[dict[str, Any]], str]:
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
+            timeout=TIME_LIMIT + 60,
         )
         reports = [Path(folder, f"{rank}.jsonl") for rank in range(world_size)]
         lines = [report.read_text().splitlines() if report.exists() else [] for report in reports]
-        return [dict(map(json.loads, rank)) for rank in lines], finished.stdout[-8000:]
+        results = [dict(map(json.loads, rank)) for rank in lines]
+        return results, finished.returncode, finished.stdout[-8000:]
 
 
 def cases(world_size: int, only: list[str]) -> dict[str, Case]:
@@ -106,11 +110,14 @@ def cases(world_size: int, only: list[str]) -> dict[str, Case]:
         table = importlib.import_module(f"tests.sharding.{module}").CASES
         assert found.keys().isdisjoint(table), f"{module}: the name of a case is taken"
         found |= table
-    return {
+    chosen = {
         name: case
         for name, case in found.items()
         if world_size in case.worlds and (name in only if only else not case.slow)
     }
+    missing = [name for name in only if name not in chosen]
+    assert not missing, f"there is no case {', '.join(missing)} on {world_size} rank(s)"
+    return chosen
 
 
 def main(folder: Path, only: list[str]) -> None:
@@ -123,14 +130,25 @@ def main(folder: Path, only: list[str]) -> None:
         prepare_deepspeed()
     gc.freeze()  # DeepSpeed collects garbage for each engine; do not look at modules each time
     folder.mkdir(exist_ok=True)
+    # Of its own, for a case that fails may leave the others' group in disorder.
+    agreement = dist.new_group(backend="gloo", timeout=timedelta(seconds=TIME_LIMIT))
+    spoiled = ""
     with open(folder / f"{dist.get_rank()}.jsonl", "w", buffering=1) as report:
         for name, case in todo.items():
-            report.write(json.dumps([name, run(case, folder)]) + "\n")
-    dist.destroy_process_group()
+            result = {"error": spoiled} if spoiled else run(case, folder)
+            report.write(json.dumps([name, result]) + "\n")
+            failed: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(failed, "error" in result, group=agreement)
+            if any(failed) and not all(failed):
+                # A collective that one rank has left would pair with one of the next case.
+                spoiled = f"not run: {name} has failed on some ranks only"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # in an orderly end PyTorch aborts now and then, in a thread of gloo
 
 
 def run(case: Case, folder: Path) -> dict[str, Any]:
-    """What a case measures, or its error; other cases go on."""
+    """What a case measures, or its error."""
     if not is_installed(case.needs):
         return {"missing": case.needs}
     forget_process_groups()
@@ -221,15 +239,16 @@ def deviation(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> fl
         scale = right.double().norm().item()
         error = (found[name].double() - right.double()).norm().item()
         relative = error / scale if scale else error
-        worst = max(worst, relative) if relative == relative else float("inf")
+        worst = max(worst, relative) if relative == relative else math.inf
     return worst
 
 
 def ratio_deviation(found: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
-    """Largest relative difference of the trust ratios; infinite where a layer has none."""
+    """Largest relative difference of the trust ratios; infinite where one is missing or NaN."""
     if found.keys() != expected.keys():
-        return float("inf")
-    return max(abs(found[name].ratio / right.ratio - 1) for name, right in expected.items())
+        return math.inf
+    errors = [abs(found[name].ratio / right.ratio - 1) for name, right in expected.items()]
+    return math.inf if any(map(math.isnan, errors)) else max(errors)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class OffloadCase(Case):
 
     Attributes:
         zero: keys that differ from ``ZERO3`` in the JSON's ``zero_optimization``.
-        nvme: keys that differ from :func:`nvme` in its ``offload_optimizer``; None for none.
+        nvme: further keys of ``offload_optimizer`` with the device NVMe; None for no such device.
         state_dtype: ALTO's setting.
         message: part of the error that all ranks must raise.
     """

@@ -115,10 +115,12 @@ class StreamedSequences:
     """
 
     def __init__(self, settings: Settings, resumed: bool) -> None:
-        source = documents(settings.data)
+        data = settings.data
+        origin = [data.dataset, data.dataset_config, data.dataset_split]
+        source = documents(data)
         held_out = source.take(STREAMED_VALIDATION_DOCUMENTS)
         training = source.skip(STREAMED_VALIDATION_DOCUMENTS)
-        self.tokenizer = _tokenizer(settings, training, "", resumed)
+        self.tokenizer = _tokenizer(settings, training, _digest(*origin), resumed)
         pack = functools.partial(_pack, tokenizer=self.tokenizer, length=settings.model.length)
         held_out, self._training = (
             part.map(pack, batched=True, remove_columns=[TEXT]) for part in (held_out, training)
@@ -126,10 +128,9 @@ class StreamedSequences:
         self.validation = _first_rows(held_out, settings)
         sample = next(iter(self._training), None)
         _check_amount(0 if sample is None else 1, self.validation, settings)
-        data = settings.data
         self.fingerprint = _digest(
             _cache_key(self.tokenizer, settings),
-            [data.dataset, data.dataset_config, data.dataset_split],
+            origin,
             sample,
             self.validation.tolist(),
         )
