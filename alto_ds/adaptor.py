@@ -155,7 +155,10 @@ class E(Optimizer):
         Raises:
             RuntimeError: a state has not the shape of its parameter. Nothing has been loaded then.
         """
-        states.check_saved(state_dict, self.param_groups, (E_EXP_AVG_GRAD,), {})
+        for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            saved = [state_dict["state"].get(key, {}) for key in saved_group["params"]]
+            loaded = dict(zip(group["params"], saved, strict=False))
+            states.check_loaded(loaded, (E_EXP_AVG_GRAD,), {t: self._name(t) for t in loaded})
         self.optimizer.load_state_dict(dict(state_dict))
         states.restore_dtypes(self.optimizer, state_dict, (E_EXP_AVG_GRAD,))
 
@@ -211,8 +214,7 @@ class E(Optimizer):
                 raise registration.gradient_error("E", self._name(param), kind)
             average = self._average(param)
             if average is not None and average.shape != param.shape:
-                name = self._name(param)
-                states.check_shape(average.shape, param.shape, E_EXP_AVG_GRAD, name)
+                raise states.shape_error(E_EXP_AVG_GRAD, self._name(param), average, param)
         self._check_base()
         averages = [self._correct(param) for param in params]
         base_loss = self.optimizer.step()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from alto_ds.kernels import FragmentTable
 from alto_ds.layout import Layer, Layout
-from alto_ds.states import STEP, names
+from alto_ds.states import STEP
 from alto_ds.trust_ratio import rows_to_add, sums_dtype
 
 
@@ -23,19 +23,26 @@ class Part(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A tensor that the call updates, with this rank's part of its gradient.
+    """A tensor that the call updates.
 
     Attributes:
         tensor: what the group holds.
-        grad: this rank's part of the gradient.
+        state: its states.
+        columns: this rank's parts of the parameter, of its gradient and of the states, in the
+            order of :func:`alto_ds.states.names`.
         part: the group.
         place: index of the tensor in the group.
     """
 
     tensor: Tensor
-    grad: Tensor
+    state: dict[str, Any]
+    columns: tuple[Tensor, ...]
     part: Part
     place: int
+
+    def is_fresh(self) -> bool:
+        """Whether the tensor has taken no step."""
+        return isinstance(self.state.get(STEP), int) and self.state[STEP] == 0
 
 
 class Members(NamedTuple):
@@ -58,7 +65,7 @@ class Plan(NamedTuple):
         ratios: ``[layers]``, trust ratios of the latest step.
     """
 
-    kinds: list[Any]
+    kinds: list[Any] | None
     batches: list[Members]
     layers: list[Layer]
     rows: list[slice]
@@ -67,36 +74,35 @@ class Plan(NamedTuple):
     ratios: Tensor
 
 
-def kinds_of(
-    shards: Sequence[Shard], state: Mapping[Tensor, Mapping[str, Any]]
-) -> list[tuple[Any, ...]]:
-    """For each shard what tells it from others, and what it has in common with its batch.
+def kinds_of(shards: Sequence[Shard]) -> list[Any] | None:
+    """All by which a plan must fit the shards: two lists that are equal have the same plan.
 
-    A plan that was made for the same kinds fits: shapes, dtypes and devices of tensor, gradient and
-    states are the same, and as many steps lie between the tensors.
+    Tensors, steps that lie between them, and shapes, dtypes and devices of all columns. None where
+    a state is missing or of another kind, which no plan fits.
     """
-    kinds = []
-    first_step: Any = None
-    for tensor, grad, (group, _), _ in shards:
-        own = state[tensor]
-        step = own.get(STEP)
-        first_step = step if first_step is None else first_step
-        whole_numbers = isinstance(step, int) and isinstance(first_step, int)
-        ahead = step - first_step if whole_numbers else None
-        columns = (tensor, grad, *(own.get(name) for name in names(group["alpha"])))
-        dtypes = (x.dtype if isinstance(x, Tensor) else None for x in columns)
-        shapes = [(x.shape, x.device) if isinstance(x, Tensor) else None for x in columns]
-        kinds.append((id(tensor), (id(group), ahead, tensor.device, *dtypes), shapes))
-    return kinds
+    try:
+        first = shards[0].state[STEP] if shards else 0
+        ahead = [shard.state[STEP] - first for shard in shards]
+        columns = [column for shard in shards for column in shard.columns]
+        return [
+            [id(shard.tensor) for shard in shards],
+            ahead if all(type(steps) is int for steps in ahead) else None,
+            [column.shape for column in columns],
+            [column.dtype for column in columns],
+            [column.device for column in columns],
+        ]
+    except (AttributeError, KeyError, TypeError):
+        return None
 
 
-def make_plan(
-    parts: Sequence[Part], shards: Sequence[Shard], state: Mapping[Tensor, Mapping[str, Any]]
-) -> Plan:
-    """A plan for the shards.
+def make_plan(parts: Sequence[Part], shards: Sequence[Shard]) -> Plan:
+    """A plan for the shards, whose states have been checked.
 
     Rows are counted in the order of the groups' layers, which is the same on all ranks. Batches
     are this rank's own business.
+
+    Raises:
+        RuntimeError: a layout reaches beyond its tensor.
     """
     layers: list[Layer] = []
     rows = []
@@ -105,24 +111,33 @@ def make_plan(
         first_row[id(group)] = len(layers)
         rows.append(slice(len(layers), len(layers) + len(layout.layers)))
         layers += layout.layers
-    kinds = kinds_of(shards, state)
     indices_of: dict[Any, list[int]] = {}
-    for index, (_, batch, _) in enumerate(kinds):
-        indices_of.setdefault(batch, []).append(index)
+    for index, shard in enumerate(shards):
+        dtypes = (column.dtype for column in shard.columns)
+        kind = (id(shard.part.group), shard.state[STEP], shard.columns[0].device, *dtypes)
+        indices_of.setdefault(kind, []).append(index)
     batches = []
     for indices in indices_of.values():
         group, layout = shards[indices[0]].part
         tensor_of = {shards[index].place: i for i, index in enumerate(indices)}
+        sizes = [shards[index].columns[0].numel() for index in indices]
         fragments = [
             f._replace(tensor=tensor_of[f.tensor], layer=first_row[id(group)] + f.layer)
             for f in layout.fragments
             if f.tensor in tensor_of
         ]
+        for f in fragments:
+            if f.offset + f.length > sizes[f.tensor]:
+                raise RuntimeError(
+                    f"alto_ds: the layout of {layers[f.layer].name} reaches to element "
+                    f"{f.offset + f.length} of a tensor of {sizes[f.tensor]}; its framework in "
+                    "alto_ds/layout is wrong."
+                )
         batches.append(Members(indices, FragmentTable(fragments)))
-    device = shards[0].grad.device if shards else layers[0].param.device
+    device = shards[0].columns[0].device if shards else layers[0].param.device
     sums = torch.zeros(len(layers), 2, dtype=sums_dtype(device), device=device)
     ratios = torch.ones_like(sums[:, 0])
-    return Plan(kinds, batches, layers, rows, rows_to_add(layers), sums, ratios)
+    return Plan(kinds_of(shards), batches, layers, rows, rows_to_add(layers), sums, ratios)
 
 
 def name_of(layout: Layout, place: int) -> str:

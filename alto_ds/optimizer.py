@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from alto_ds import kernels, registration, settings, states
 from alto_ds.batches import Part, Plan, Shard, kinds_of, make_plan, name_of
 from alto_ds.layout import Layout, is_dtensor, local, local_grad, resolve
-from alto_ds.states import EXP_AVG, EXP_AVG_GRAD, EXP_AVG_SQ, STEP
+from alto_ds.states import STEP
 from alto_ds.trust_ratio import TrustRatio, add_over_ranks, trust_ratios
 
 
@@ -41,9 +42,9 @@ class ALTO(Optimizer):
     Args:
         params: parameters, groups of parameters, or named parameters. Groups may set any of the
             arguments below, and ``trust_ratio``: True or False to scale the group's updates by
-            the trust ratio or not. Without it they are scaled where ``weight_decay`` is not 0,
-            which is the rule of the authors' code; where it is 0 in every group all are scaled,
-            and a warning says so.
+            the trust ratio or not. Without it they are scaled where ``weight_decay`` is not 0 at
+            the first step, which is the rule of the authors' code; where it is 0 in every group
+            all are scaled, and a warning says so.
         lr: learning rate.
         betas: (β1, β2, β3), decay of s, m and v.
         alpha: α with |α| < 1/(1−β1). −5 with β1 0.99 for global batches of about 1,000 samples
@@ -90,7 +91,6 @@ class ALTO(Optimizer):
             "seed": seed,
         }
         super().__init__(params, defaults)
-        self._scale_all_where_nothing_decays()
         registration.refuse_at_first_gradient("ALTO", self, self._names)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -102,21 +102,7 @@ class ALTO(Optimizer):
         settings.check_keys(param_group)
         settings.check({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        params = list(group["params"])
-        place = len(self.param_groups) - 1
-        names = group.get("param_names") or [
-            f"param_groups.{place}.{i}" for i in range(len(params))
-        ]
-        for name, param in zip(names, params, strict=True):
-            if param.is_complex():
-                del self.param_groups[-1]
-                raise ValueError(
-                    f"ALTO: parameter {name} is complex ({param.dtype}); pass torch.view_as_real() "
-                    "of it instead."
-                )
-        self._names.update(zip(params, names, strict=True))
-        self._made_with.append((group, params))
+        self._remember(len(self.param_groups) - 1)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, **others: Any) -> Any:
@@ -146,6 +132,7 @@ class ALTO(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             settings.check(group, wait_for_device=False)
+        self._decide_what_is_scaled()
         parts = [Part(group, self._layout(group)) for group in self.param_groups]
         shards = self._shards(parts)
         if not any(part.layout.layers for part in parts) or self._only_makes_states(shards):
@@ -154,13 +141,12 @@ class ALTO(Optimizer):
         plan = self._plan(parts, shards)
         passes = []
         for members in plan.batches:
-            batch = self._batch([shards[i] for i in members.indices], members.fragments)
             first = shards[members.indices[0]]
-            step = int(self.state[first.tensor][STEP]) + 1
-            hyper = settings.hyperparameters(first.part.group, step)
+            hyper = settings.hyperparameters(first.part.group, first.state[STEP] + 1)
+            batch = _batch([shards[i].columns for i in members.indices], members.fragments)
             passes.append((kernels.choose(batch), batch, hyper))
         for shard in shards:
-            self.state[shard.tensor][STEP] += 1
+            shard.state[STEP] += 1
 
         plan.sums.zero_()
         for kernel, batch, hyper in passes:
@@ -195,7 +181,7 @@ class ALTO(Optimizer):
         """Return trust ratio, weight norm and update norm of each layer at the latest step.
 
         The result is the same on every rank and needs no communication. It waits for the device.
-        Layers that took no part, for want of a gradient, are left out.
+        Layers of which weights and update are 0 are left out; so are those without a gradient.
 
         Args:
             named_parameters: ``model.named_parameters()``, for names where the optimizer was made
@@ -205,7 +191,7 @@ class ALTO(Optimizer):
         names = {} if named_parameters is None else {p: name for name, p in named_parameters}
         found = {}
         for group, plan, rows in self._last.values():
-            scaled = settings.is_scaled(group)
+            scaled = group["trust_ratio"]
             numbers = torch.column_stack([plan.ratios[rows], plan.sums[rows].sqrt()]).tolist()
             for layer, (ratio, weight_norm, update_norm) in zip(
                 plan.layers[rows], numbers, strict=True
@@ -223,9 +209,6 @@ class ALTO(Optimizer):
             RuntimeError: a state has not the shape of its parameter. Nothing has been loaded then.
         """
         groups = self.param_groups
-        for saved, group in zip(state_dict["param_groups"], groups, strict=False):
-            settings.check({**group, **saved})
-        states.check_saved(state_dict, groups, states.ALTO_STATES, self._names)
         super().load_state_dict(dict(state_dict))
         # torch puts new dicts in place of the groups. Schedulers, DeepSpeed and our own layouts
         # hold on to the old ones.
@@ -233,16 +216,19 @@ class ALTO(Optimizer):
             group.update(loaded)
         self.param_groups = groups
         states.restore_dtypes(self, state_dict, states.ALTO_STATES)
-        self._scale_all_where_nothing_decays()
         self._plans.clear()  # states are checked when a plan is made
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_layouts" in self.__dict__:  # called by load_state_dict, after its hooks
+            for group in state["param_groups"]:
+                settings.check({**self.defaults, **group})
+            states.check_loaded(state["state"], states.ALTO_STATES, self._names)
         super().__setstate__(state)
-        if "_layouts" not in self.__dict__:  # unpickled, not loaded
+        if "_layouts" not in self.__dict__:  # unpickled
             self._forget()
-            groups, self.param_groups = self.param_groups, []
-            for group in groups:
-                self.add_param_group(group)
+            for place in range(len(self.param_groups)):
+                self._remember(place)
+            registration.refuse_at_first_gradient("ALTO", self, self._names)
 
     def _forget(self) -> None:
         # The groups with the model's own parameters. Wrappers put other tensors in their place.
@@ -253,18 +239,45 @@ class ALTO(Optimizer):
         self._plans: dict[tuple[Layout, ...], Plan] = {}
         self._last: dict[Layout, tuple[dict[str, Any], Plan, slice]] = {}
 
-    def _scale_all_where_nothing_decays(self) -> None:
-        groups = [group for group, _ in self._made_with]
-        if not settings.nothing_decays(groups):
-            return
-        for settings_of_group in (*groups, self.defaults):
-            settings_of_group["trust_ratio"] = True
-        registration.warn_on_rank_0(
-            "ALTO: no parameter group has weight decay, so all layers are scaled by their trust "
-            "ratios (Algorithm 2 of the paper), biases and norms too. Set weight_decay in the "
-            'groups that decay, which leaves the others unscaled, or "trust_ratio": true or false '
-            "in each group." + registration.hint_at_placeholders(self._names)
-        )
+    def _remember(self, place: int) -> None:
+        """Note the model's own parameters of a group, and their names."""
+        group = self.param_groups[place]
+        params = list(group["params"])
+        names = group.get("param_names") or [
+            f"param_groups.{place}.{i}" for i in range(len(params))
+        ]
+        for name, param in zip(names, params, strict=True):
+            if param.is_complex():
+                del self.param_groups[place]
+                raise ValueError(
+                    f"ALTO: parameter {name} is complex ({param.dtype}); pass torch.view_as_real() "
+                    "of it instead."
+                )
+        self._names.update(zip(params, names, strict=True))
+        self._made_with.append((group, params))
+
+    def _decide_what_is_scaled(self) -> None:
+        """Set ``trust_ratio`` in the groups that do not say it, at the first step.
+
+        Not earlier, for schedulers may set the weight decay when they are made; and not again, so
+        that a weight decay that goes to 0 later changes nothing else.
+        """
+        undecided = [group for group, _ in self._made_with if group["trust_ratio"] is None]
+        trained = [
+            group for group, params in self._made_with if any(p.requires_grad for p in params)
+        ]
+        if undecided and settings.nothing_decays(trained):
+            self.defaults["trust_ratio"] = True  # for groups that are added later
+            registration.warn_on_rank_0(
+                "ALTO: no parameter group has weight decay, so all layers are scaled by their "
+                "trust ratios (Algorithm 2 of the paper), biases and norms too. Set weight_decay "
+                "in the groups that decay, which leaves the others unscaled, or "
+                '"trust_ratio": true or false in each group.'
+                + registration.hint_at_placeholders(self._names)
+            )
+        for group in undecided:
+            said = self.defaults["trust_ratio"]
+            group["trust_ratio"] = bool(group["weight_decay"] != 0) if said is None else said
 
     def _layout(self, group: dict[str, Any]) -> Layout:
         """What the group's tensors hold now; found once for the same tensors."""
@@ -281,59 +294,57 @@ class ALTO(Optimizer):
 
     def _shards(self, parts: Sequence[Part]) -> list[Shard]:
         """The tensors to update in this call, with their states made."""
-        shards = []
+        found = []
         for part in parts:
-            for index, tensor in enumerate(part.group["params"]):
+            for place, tensor in enumerate(part.group["params"]):
                 if tensor.grad is None:
                     continue
                 if tensor.grad.is_sparse:
-                    name = name_of(part.layout, index)
+                    name = name_of(part.layout, place)
                     raise registration.gradient_error("ALTO", name, "sparse")
-                shards.append(Shard(tensor, local_grad(tensor), part, index))
-        for tensor, _, (group, _), _ in shards:
-            if not self.state[tensor]:
-                made = states.make(tensor, group["alpha"], group["state_dtype"])
-                self.state[tensor].update(made)
+                found.append((part, place, tensor, local_grad(tensor)))
+        shards = []
+        for part, place, tensor, grad in found:
+            state, group = self.state[tensor], part.group
+            if not state:
+                state.update(states.make(tensor, group["alpha"], group["state_dtype"]))
+            own = (local(state.get(name)) for name in states.names(group["alpha"]))
+            shards.append(Shard(tensor, state, (local(tensor), grad, *own), part, place))
         return shards
 
     def _only_makes_states(self, shards: Sequence[Shard]) -> bool:
         """Whether this is a wrapper's call that must not count as a step."""
-        fresh = [s.part.layout.master_copy and not self.state[s.tensor].get(STEP) for s in shards]
-        if not fresh or not all(fresh):
+        if not shards or not all(s.part.layout.master_copy and s.is_fresh() for s in shards):
             return False
         layers = [shard.part.layout.layers[shard.place] for shard in shards]
-        return registration.is_dummy_step(layers, [shard.grad for shard in shards])
+        return registration.is_dummy_step(layers, [shard.columns[1] for shard in shards])
 
     def _plan(self, parts: Sequence[Part], shards: Sequence[Shard]) -> Plan:
         """The plan made for such shards before, or a new one."""
         key = tuple(part.layout for part in parts)
-        kinds = kinds_of(shards, self.state)
+        kinds = kinds_of(shards)
         plan = self._plans.get(key)
-        if plan is None or plan.kinds != kinds:
-            for tensor, grad, (group, layout), index in shards:
-                name, state = name_of(layout, index), self.state[tensor]
-                states.check(tensor, grad, state, name, group["alpha"], group["state_dtype"])
-                state[STEP] = int(state[STEP])  # some checkpoints make it a tensor
-            plan = self._plans[key] = make_plan(parts, shards, self.state)
+        if plan is None or kinds is None or plan.kinds != kinds:
+            for shard in shards:
+                group, layout = shard.part
+                name = functools.partial(name_of, layout, shard.place)
+                states.check(shard.columns, shard.state, name, group["alpha"], group["state_dtype"])
+                shard.state[STEP] = int(shard.state[STEP])  # some checkpoints make it a tensor
+            plan = self._plans[key] = make_plan(parts, shards)
         for part, rows in zip(parts, plan.rows, strict=True):
             self._last[part.layout] = (part.group, plan, rows)
         return plan
 
-    def _batch(self, shards: Sequence[Shard], fragments: kernels.FragmentTable) -> kernels.Batch:
-        found = [self.state[shard.tensor] for shard in shards]
-        return kernels.Batch(
-            params=[local(shard.tensor) for shard in shards],
-            grads=[shard.grad for shard in shards],
-            exp_avg_grads=[local(s[EXP_AVG_GRAD]) for s in found if shards[0].part.group["alpha"]],
-            exp_avgs=[local(state[EXP_AVG]) for state in found],
-            exp_avg_sqs=[local(state[EXP_AVG_SQ]) for state in found],
-            fragments=fragments,
-        )
+
+def _batch(shards: Sequence[tuple[Tensor, ...]], fragments: kernels.FragmentTable) -> kernels.Batch:
+    params, grads, *averages, exp_avgs, exp_avg_sqs = zip(*shards, strict=True)
+    exp_avg_grads = averages[0] if averages else ()
+    return kernels.Batch(params, grads, exp_avg_grads, exp_avgs, exp_avg_sqs, fragments)
 
 
 def _ratios(sums: Tensor, group: Mapping[str, Any]) -> Tensor:
     """Trust ratios ``[layers]`` from sums ``[layers, 2]``, 1 where layers are not scaled."""
-    if not settings.is_scaled(group):
+    if not group["trust_ratio"]:
         return torch.ones_like(sums[:, 0])
     _, eps2, eps3 = settings.three_eps(group["eps"])
     return trust_ratios(sums, eps2, eps3, group["trust_clip"])

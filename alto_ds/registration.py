@@ -5,8 +5,8 @@ ZeRO where its class is in a list of its own. Both are open to additions, so not
 and DeepSpeed is never imported: it has been by the time it makes an optimizer.
 
 What ALTO and E cannot compute exactly is refused here, on all ranks alike and before a weight has
-changed. Wrong settings are refused in ``settings.py``, states that do not fit in ``states.py``,
-tensors of unknown origin in ``layout/``.
+changed. Wrong settings are refused in ``settings.py``, tensors of unknown origin in ``layout/``,
+and in ``states.py`` states that do not fit, on the rank that has them.
 """
 
 from __future__ import annotations
@@ -116,17 +116,15 @@ def refuse_at_first_gradient(name: str, optimizer: Optimizer, params: Iterable[T
     trained = [param for param in params if param.requires_grad]
     if "deepspeed" not in sys.modules or not trained:
         return
-    # Weak, so that a hook that never runs keeps nothing alive.
-    ours, one = weakref.ref(optimizer), weakref.ref(trained[0])
+    ours = weakref.ref(optimizer)
 
     def ask(_: Tensor) -> None:
-        handles.pop().remove()
-        asked, param = ours(), one()
-        if asked is None or param is None:
-            return
-        if _zenflow_holds(param):
-            raise _zenflow_error(name)
-        refuse_other_updates(name, asked.param_groups, [param])
+        asked = ours()
+        if asked is not None:
+            if _zenflow_holds(trained[0]):
+                raise _zenflow_error(name)
+            refuse_other_updates(name, asked.param_groups, trained[:1])
+        handles.pop().remove()  # only now: another backward pass after a refusal is refused, too
 
     handles = [register_multi_grad_hook(trained, ask, mode="any")]
 

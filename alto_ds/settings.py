@@ -36,7 +36,8 @@ def check(group: Mapping[str, Any], *, wait_for_device: bool = True) -> None:
         raise ValueError(
             f"betas={betas!r} must be three numbers (beta1, beta2, beta3): the decay of the "
             "gradient's average, of the first and of the second moment, such as (0.99, 0.9, 0.99). "
-            "Leave betas out for these; Hugging Face Trainer's \"auto\" means Adam's two."
+            "Leave betas out for these; Hugging Face Trainer's \"auto\" means Adam's two. Where a "
+            'schedule has set them, as OneCycle does, write "cycle_momentum": false.'
         )
     for name, values in (
         *((name, [group[name]]) for name in ("lr", "alpha", "weight_decay")),
@@ -103,20 +104,21 @@ def check_alpha(alpha: float, beta: float, beta_name: str) -> None:
 def check_keys(group: Mapping[str, Any]) -> None:
     """Refuse keys of a parameter group that look like misspelt settings.
 
-    Other keys are left alone: schedulers and frameworks keep values of their own in groups.
+    Other keys are left alone, for schedulers and frameworks keep values of their own in groups,
+    such as ``initial_lr`` or ``base_weight_decay``.
 
     Raises:
         ValueError: names the key and the setting that it resembles.
     """
     known = ("params", "param_names", *NAMES)
-    for key in group:
-        if key in known:
-            continue
+    for key in group.keys() - set(known):
         spelling = key.lower().replace("-", "_")
-        for near in difflib.get_close_matches(spelling, known, n=1, cutoff=0.78):
-            raise ValueError(
-                f"the parameter group's key {key!r} is no setting of ALTO; did you mean {near!r}?"
-            )
+        for near in difflib.get_close_matches(spelling, known, n=1, cutoff=0.79):
+            if not spelling.startswith(f"{near}_") and not spelling.endswith(f"_{near}"):
+                raise ValueError(
+                    f"the parameter group's key {key!r} is no setting of ALTO; did you mean "
+                    f"{near!r}?"
+                )
 
 
 def nothing_decays(groups: Iterable[Mapping[str, Any]]) -> bool:
@@ -128,14 +130,11 @@ def nothing_decays(groups: Iterable[Mapping[str, Any]]) -> bool:
     return all(group["weight_decay"] == 0 and group["trust_ratio"] is None for group in groups)
 
 
-def is_scaled(group: Mapping[str, Any]) -> bool:
-    """Whether trust ratios scale the updates of a group."""
-    said = group["trust_ratio"]
-    return bool(group["weight_decay"] != 0) if said is None else said
-
-
 def hyperparameters(group: Mapping[str, Any], step: int) -> Hyperparameters:
-    """The scalars by which a group's tensors take their step number ``step``, counted from 1."""
+    """The scalars by which a group's tensors take their step number ``step``, counted from 1.
+
+    The group's ``trust_ratio`` must have been decided.
+    """
     beta1, beta2, beta3 = map(float, group["betas"])
     correct, clip = group["bias_correction"], group["trust_clip"]
     return Hyperparameters(
@@ -148,7 +147,7 @@ def hyperparameters(group: Mapping[str, Any], step: int) -> Hyperparameters:
         eps=three_eps(group["eps"]),
         weight_decay=float(group["weight_decay"]),
         lr=group["lr"],
-        scaled=is_scaled(group),
+        scaled=group["trust_ratio"],
         trust_clip=None if clip is None else (float(clip[0]), float(clip[1])),
         rounding_key=_rounding_key(group["seed"], step),
     )
@@ -161,6 +160,8 @@ def three_eps(eps: float | Sequence[float]) -> tuple[float, float, float]:
 
 
 def _is_number(value: Any) -> bool:
+    if type(value) in (float, int):
+        return True
     if isinstance(value, Tensor):
         return value.numel() == 1
     return isinstance(value, Real) and not isinstance(value, bool)

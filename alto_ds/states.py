@@ -6,14 +6,12 @@ Whoever reads, converts or counts states asks here. All states have the shape of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-
-from alto_ds.layout import local
 
 STEP = "step"  # number of steps that the tensor has taken
 EXP_AVG_GRAD = "exp_avg_grad"  # s, average of the gradient; absent where alpha is 0
@@ -64,20 +62,19 @@ def make(tensor: Tensor, alpha: float, state_dtype: str) -> dict[str, Any]:
 
 
 def check(
-    tensor: Tensor,
-    grad: Tensor,
+    columns: Sequence[Any],
     state: Mapping[str, Any],
-    name: str,
+    name: Callable[[], str],
     alpha: float,
     state_dtype: str,
 ) -> None:
     """See that gradient and states fit their tensor; kernels reach them by address.
 
     Args:
-        tensor: what the optimizer updates; of a DTensor this rank's part is meant.
-        grad: this rank's part of the gradient.
-        state: the tensor's states.
-        name: of the tensor, for the message.
+        columns: this rank's parts of the parameter, of its gradient and of its states in the
+            order of :func:`names`.
+        state: all states of the tensor.
+        name: of the tensor, for messages.
         alpha: the group's setting.
         state_dtype: the group's setting.
 
@@ -85,69 +82,71 @@ def check(
         RuntimeError: a state is missing, or of another shape, dtype or device; or the gradient is
             of another shape or device.
     """
-    if grad.shape != local(tensor).shape or grad.device != tensor.device:
+    param, grad, *values = columns
+    if grad.shape != param.shape or grad.device != param.device:
         raise RuntimeError(
-            f"ALTO: the gradient of {name} has shape {tuple(grad.shape)} on {grad.device}, and the "
-            f"parameter {tuple(local(tensor).shape)} on {tensor.device}: the parameter was resized "
-            "or moved after backward(). Call zero_grad() and backward() again."
+            f"ALTO: the gradient of {name()} has shape {tuple(grad.shape)} on {grad.device}, and "
+            f"the parameter {tuple(param.shape)} on {param.device}: the parameter was resized or "
+            "moved after backward(). Call zero_grad() and backward() again."
         )
-    _check_step(state.get(STEP), name)
-    for key in names(alpha):
-        value = state.get(key)
+    if not _counts_steps(state.get(STEP)):
+        raise RuntimeError(
+            f"ALTO: the state {STEP} of {name()} is {_what(state.get(STEP))}, where the number of "
+            "steps is needed; load the checkpoint of this model, or start without loaded states."
+        )
+    for key, value in zip(names(alpha), values, strict=True):
         if value is None and key == EXP_AVG_GRAD:
             raise RuntimeError(
-                f"ALTO: alpha={alpha} needs the state {key} of {name}, and the states that were "
+                f"ALTO: alpha={alpha} needs the state {key} of {name()}, and the states that were "
                 "loaded lack it: a run with alpha=0 does not keep it, and checkpoints in a format "
                 "that knows no states but Adam's drop it. Go on with alpha=0, load an ordinary "
                 "checkpoint, or start without loaded states."
             )
         if not isinstance(value, Tensor):
             raise RuntimeError(
-                f"ALTO: the state {key} of {name} is {_what(value)}, where a tensor is needed; "
+                f"ALTO: the state {key} of {name()} is {_what(value)}, where a tensor is needed; "
                 "load the checkpoint of this model, or start without loaded states."
             )
-        check_shape(local(value).shape, local(tensor).shape, key, name)
-        dtype = dtype_of(key, tensor.dtype, state_dtype)
-        if value.dtype != dtype or value.device != tensor.device:
+        if value.shape != param.shape:
+            raise shape_error(key, name(), value, param)
+        dtype = dtype_of(key, param.dtype, state_dtype)
+        if value.dtype != dtype or value.device != param.device:
             raise RuntimeError(
-                f"ALTO: the state {key} of {name} is {value.dtype} on {value.device}, and must be "
-                f'{dtype} on {tensor.device} ("state_dtype": "{state_dtype}"); load it by '
+                f"ALTO: the state {key} of {name()} is {value.dtype} on {value.device}, and must "
+                f'be {dtype} on {param.device} ("state_dtype": "{state_dtype}"); load it by '
                 "load_state_dict(), which converts it."
             )
 
 
-def check_saved(
-    state_dict: Mapping[str, Any],
-    groups: Sequence[Mapping[str, Any]],
-    keys: Sequence[str],
-    name_of: Mapping[Tensor, str],
+def check_loaded(
+    loaded: Mapping[Any, Mapping[str, Any]], keys: Sequence[str], name_of: Mapping[Tensor, str]
 ) -> None:
-    """See that saved states fit the tensors that they are loaded for, before they are.
+    """See that states that are about to be loaded have the shapes of their tensors.
 
     Args:
-        state_dict: as ``Optimizer.state_dict()`` returned it.
-        groups: the parameter groups that it is loaded into.
+        loaded: by tensor, its states.
         keys: the states to look at.
-        name_of: names for messages; a tensor without one is called by its place.
+        name_of: names for messages; wrappers' own tensors have none.
 
     Raises:
         RuntimeError: names the state and the tensor that differ in shape.
     """
-    for place, tensor, saved in _pairs(state_dict, groups):
-        for key in keys:
-            if isinstance(saved.get(key), Tensor):
-                check_shape(saved[key].shape, tensor.shape, key, name_of.get(tensor, place))
+    for tensor, own in loaded.items():
+        if isinstance(tensor, Tensor):
+            for key in keys:
+                if isinstance(own.get(key), Tensor) and own[key].shape != tensor.shape:
+                    name = name_of.get(tensor, "a wrapper's tensor")
+                    raise shape_error(key, name, own[key], tensor)
 
 
-def check_shape(found: torch.Size, needed: torch.Size, key: str, name: str) -> None:
-    """Raise RuntimeError where the state ``key`` of ``name`` has not the needed shape."""
-    if found != needed:
-        raise RuntimeError(
-            f"alto_ds: the state {key} of {name} has shape {tuple(found)}, and the parameter "
-            f"{tuple(needed)}: the checkpoint is incomplete, of another model or of one whose "
-            "parameters are in another order, or the parameter was resized after its states were "
-            "made. Load the checkpoint of this model, or start without loaded states."
-        )
+def shape_error(key: str, name: str, state: Tensor, param: Tensor) -> RuntimeError:
+    """What to raise where the state ``key`` of the tensor ``name`` has not the tensor's shape."""
+    return RuntimeError(
+        f"alto_ds: the state {key} of {name} has shape {tuple(state.shape)}, and the parameter "
+        f"{tuple(param.shape)}: the checkpoint is incomplete, of another model or of one whose "
+        "parameters are in another order, or the parameter was resized after its states were "
+        "made. Load the checkpoint of this model, or start without loaded states."
+    )
 
 
 def restore_dtypes(
@@ -162,37 +161,20 @@ def restore_dtypes(
         state_dict: as ``optimizer.state_dict()`` returned it.
         keys: the states to see to; others are left as they are.
     """
-    state_dtype_of = {
-        tensor: group.get("state_dtype", "fp32")
-        for group in optimizer.param_groups
-        for tensor in group["params"]
-    }
-    for _, tensor, saved in _pairs(state_dict, optimizer.param_groups):
-        for key in saved.keys() & set(keys):
-            dtype = dtype_of(key, tensor.dtype, state_dtype_of[tensor])
-            value = optimizer.state[tensor].get(key)
-            if isinstance(value, Tensor) and value.dtype != dtype:
-                optimizer.state[tensor][key] = saved[key].to(tensor.device, dtype, copy=True)
+    # Where numbers of groups or tensors differ, torch has refused the state dict.
+    for saved_group, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        for saved_id, tensor in zip(saved_group["params"], group["params"], strict=True):
+            saved, own = state_dict["state"].get(saved_id, {}), optimizer.state[tensor]
+            for key in saved.keys() & set(keys):
+                dtype = dtype_of(key, tensor.dtype, group.get("state_dtype", "fp32"))
+                if isinstance(own.get(key), Tensor) and own[key].dtype != dtype:
+                    own[key] = saved[key].to(tensor.device, dtype, copy=True)
 
 
-def _pairs(
-    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
-) -> Iterator[tuple[str, Tensor, Mapping[str, Any]]]:
-    """Place, tensor and saved states of each tensor that has some."""
-    # Where numbers of groups or tensors differ, torch refuses the state dict.
-    for place, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=False)):
-        for i, (key, tensor) in enumerate(zip(saved["params"], group["params"], strict=False)):
-            yield f"param_groups.{place}.{i}", tensor, state_dict["state"].get(key, {})
-
-
-def _check_step(step: Any, name: str) -> None:
+def _counts_steps(step: Any) -> bool:
     number = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
     counts = isinstance(number, int | float) and math.isfinite(number)
-    if not (counts and number >= 0 and number == int(number)):
-        raise RuntimeError(
-            f"ALTO: the state {STEP} of {name} is {_what(step)}, where the number of steps is "
-            "needed; load the checkpoint of this model, or start without loaded states."
-        )
+    return counts and number >= 0 and number == int(number)
 
 
 def _what(value: Any) -> str:

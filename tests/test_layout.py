@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from alto_ds.layout import Layout, resolve
+from alto_ds import ALTO
+from alto_ds.layout import Fragment, Layer, Layout, resolve
 
 hypothesis = pytest.importorskip("hypothesis")
 
@@ -155,3 +156,14 @@ def test_parameters_that_were_moved_out_of_the_buffer_are_refused() -> None:
     params[1].data = torch.zeros(6)
     with pytest.raises(RuntimeError, match="views of one flat buffer"):
         resolve([flat], params, dict.fromkeys(params, "layer"))
+
+
+def test_a_layout_that_reaches_beyond_its_tensor_is_refused() -> None:
+    """Which a new framework's module could get wrong; kernels go by address."""
+    tensor = nn.Parameter(torch.ones(8))
+    tensor.grad = torch.ones(8)
+    optimizer = ALTO([tensor])
+    layout = Layout((Layer(tensor, "layer"),), (Fragment(0, 3, 6, 0, 0, whole=False),))
+    optimizer._layout = lambda group: layout  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="layout of layer reaches to element 9 of a tensor of 8"):
+        optimizer.step()

@@ -108,24 +108,67 @@ def ones(*groups: dict[str, Any]) -> list[dict[str, Any]]:
     return [dict(group, params=[nn.Parameter(torch.ones(3, 2))]) for group in groups]
 
 
+def take_step(optimizer: ALTO) -> ALTO:
+    train(optimizer, [param for group in optimizer.param_groups for param in group["params"]], 1)
+    return optimizer
+
+
+def decided(optimizer: ALTO) -> list[bool]:
+    return [group["trust_ratio"] for group in optimizer.param_groups]
+
+
+NOTHING_DECAYS = "no parameter group has weight decay, so all"
+
+
 def test_where_nothing_decays_all_layers_are_scaled_and_one_warning_says_so() -> None:
-    with pytest.warns(UserWarning, match="no parameter group has weight decay, so all") as warned:
-        optimizer = ALTO(ones({}, {"lr": 0.1}), weight_decay=0.0)
+    optimizer = ALTO(ones({}, {"lr": 0.1}), weight_decay=0.0)
+    with pytest.warns(UserWarning, match=NOTHING_DECAYS) as warned:
+        take_step(take_step(optimizer))
     assert len(warned) == 1
     assert "zero.Init" not in str(warned[0].message)
-    assert [group["trust_ratio"] for group in optimizer.param_groups] == [True, True]
     optimizer.add_param_group(ones({})[0])  # a later group is treated alike
-    params = [group["params"][0] for group in optimizer.param_groups]
-    train(optimizer, params, 1)
+    take_step(optimizer)
+    assert decided(optimizer) == [True, True, True]
     assert all(row.scaled and row.ratio != 1 for row in optimizer.trust_ratios().values())
+
+
+def test_a_weight_decay_that_a_scheduler_sets_to_0_at_once_is_none() -> None:
+    """As Megatron's scheduler does when it is made, by the groups' wd_mult."""
+    optimizer = ALTO(ones({"wd_mult": 0.0}, {"wd_mult": 0.0}), weight_decay=0.1)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.1 * group["wd_mult"]
+    with pytest.warns(UserWarning, match=NOTHING_DECAYS):
+        take_step(optimizer)
+    assert decided(optimizer) == [True, True]
+
+
+def test_a_decayed_group_that_is_empty_or_frozen_is_none() -> None:
+    frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+    groups: list[dict[str, Any]] = [{"params": []}, {"params": [frozen]}]
+    optimizer = ALTO([*groups, *ones({"weight_decay": 0.0})])
+    optimizer.param_groups[2]["params"][0].grad = torch.ones(3, 2)
+    with pytest.warns(UserWarning, match=NOTHING_DECAYS):
+        optimizer.step()
+    assert decided(optimizer)[2] is True
+
+
+def test_a_weight_decay_that_goes_to_0_later_changes_nothing_else() -> None:
+    optimizer = take_step(ALTO(ones({"weight_decay": 0.1}, {"weight_decay": 0.0})))
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        take_step(optimizer)
+    assert decided(optimizer) == [True, False]
+    assert decided(copy.deepcopy(optimizer)) == [True, False]
 
 
 @pytest.mark.parametrize("said", [{"trust_ratio": False}, {"weight_decay": 0.1}])
 def test_there_is_no_warning_where_a_group_decays_or_says_trust_ratio(said: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer = ALTO(ones({}, said), weight_decay=0.0)
-    assert optimizer.param_groups[0]["trust_ratio"] is None
+        optimizer = take_step(ALTO(ones({}, said), weight_decay=0.0))
+    assert decided(optimizer)[0] is False
 
 
 def test_states_of_a_run_in_which_nothing_decayed_are_scaled_too_and_say_so() -> None:
@@ -133,10 +176,11 @@ def test_states_of_a_run_in_which_nothing_decayed_are_scaled_too_and_say_so() ->
     saved = ALTO(ones({}, {})).state_dict()
     for group in saved["param_groups"]:
         group["weight_decay"] = 0.0
-    optimizer = ALTO(ones({}, {}))
-    with pytest.warns(UserWarning, match="no parameter group has weight decay"):
-        optimizer.load_state_dict(saved)
-    assert [group["trust_ratio"] for group in optimizer.param_groups] == [True, True]
+    optimizer = take_step(ALTO(ones({}, {})))
+    optimizer.load_state_dict(saved)
+    with pytest.warns(UserWarning, match=NOTHING_DECAYS):
+        take_step(optimizer)
+    assert decided(optimizer) == [True, True]
 
 
 def test_the_warning_names_the_placeholders_of_zero_init() -> None:
@@ -144,7 +188,7 @@ def test_the_warning_names_the_placeholders_of_zero_init() -> None:
     params: list[Any] = [nn.Parameter(torch.empty(0)) for _ in range(2)]
     params[0].ds_shape, params[1].ds_shape = torch.Size([4, 3]), torch.Size([3])
     with pytest.warns(UserWarning, match=r"partitioned by deepspeed\.zero\.Init.*param\.ds_shape"):
-        ALTO(params, weight_decay=0.0)
+        ALTO(params, weight_decay=0.0).step()
 
 
 @pytest.mark.parametrize("zeros", ["weights", "update"])
@@ -248,11 +292,15 @@ def test_misspelt_keys_of_groups_are_refused_with_the_right_name(key: str, right
 
 def test_keys_that_schedulers_and_frameworks_keep_in_groups_are_left_alone() -> None:
     others = [
+        *("base_weight_decay", "weight_decay_mult", "init_weight_decay", "param_shapes"),
         *("initial_lr", "max_lr", "min_lr", "lr_mult", "wd_mult", "lr_scale", "name", "moe"),
         *("is_expert_parallel", "is_decoupled_lr", "pre_wd_mult", "decoupled_weight_decay"),
         *("step", "default_config", "use_muon", "base_momentum", "fused", "amsgrad", "maximize"),
     ]
-    ALTO([{"params": quadratic([1.0]), **dict.fromkeys(others, 1)}])
+    optimizer = ALTO([{"params": quadratic([1.0]), **dict.fromkeys(others, 1)}])
+    optimizer.param_groups[0]["weight_dekay"] = 1  # whatever a scheduler adds later
+    copy.deepcopy(optimizer)
+    pickle.loads(pickle.dumps(optimizer))
 
 
 @pytest.mark.parametrize(
@@ -391,6 +439,23 @@ def test_a_restored_optimizer_goes_on_bitwise(how: str) -> None:
     assert [p.tolist() for p in params] == [p.tolist() for p in restored_params]
 
 
+def test_hooks_may_change_a_state_dict_before_it_is_checked() -> None:
+    (param,) = quadratic([1.0, 2.0, 3.0, 4.0])
+    optimizer = ALTO([param])
+    train(optimizer, [param], 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for key in STATES:
+        saved["state"][0][key] = saved["state"][0][key].reshape(2, 2)
+
+    def migrate(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        own = {k: v.flatten() if k in STATES else v for k, v in state_dict["state"][0].items()}
+        return state_dict | {"state": {0: own}}
+
+    optimizer.register_load_state_dict_pre_hook(migrate)
+    optimizer.load_state_dict(saved)
+    train(optimizer, [param], 1)
+
+
 def test_states_of_bf16_parameters_are_fp32_and_stay_so() -> None:
     params = quadratic([1.0, -2.0, 3.0], dtype=torch.bfloat16)
     optimizer = ALTO(params)
@@ -478,7 +543,9 @@ def test_superoffload_is_refused_at_the_first_gradient_and_at_step() -> None:
     message = 'remove "super_offload" from "offload_optimizer"'
     with pytest.raises(RuntimeError, match=message):
         (params[1] * 2).sum().backward()
-    (params[1] * 2).sum().backward()  # asked once; gradients flow as before
+    with pytest.raises(RuntimeError, match=message):  # a second time, too
+        (params[1] * 2).sum().backward()
+    params[1].grad = torch.ones_like(params[1])
     with pytest.raises(RuntimeError, match=message):
         optimizer.step()
 

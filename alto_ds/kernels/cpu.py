@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
 import math
 import os
 import sys
@@ -135,23 +136,27 @@ def _library() -> ctypes.CDLL | None:
         return None
     from torch.utils import cpp_extension  # takes longer to import than all of alto_ds
 
-    # The processor is in the name, for nodes of several kinds may share the folder.
+    # All that decides the code is in the name: nodes of several kinds may share the folder, and
+    # ninja goes by times, which a package manager may set to before those of an older version.
     capability = torch.backends.cpu.get_cpu_capability()
+    flags = _FLAGS + _FLAGS_OF_CAPABILITY.get(capability, [])
+    code = hashlib.sha256(" ".join([*flags, _SOURCE.read_text()]).encode()).hexdigest()[:12]
     try:
         with _ninja_on_path():
             path = cpp_extension.load(
-                name="alto_ds_cpu_" + capability.lower().replace(" ", "_"),
+                name=f"alto_ds_cpu_{capability.lower().replace(' ', '_')}_{code}",
                 sources=[str(_SOURCE)],
-                extra_cflags=_FLAGS + _FLAGS_OF_CAPABILITY.get(capability, []),
+                extra_cflags=flags,
                 extra_ldflags=_LINKER_FLAGS,
                 is_python_module=False,
             )
         return ctypes.CDLL(path)
     except (RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = f"{error!r}" if not str(error).strip() else str(error).strip().splitlines()[0]
         _warn(
             f"could not compile its kernel for CPUs ({reason})",
-            "Install a C++ compiler, such as g++, and ninja.",
+            "Install a C++ compiler, such as g++, and ninja; TORCH_EXTENSIONS_DIR, if set, must "
+            "be a folder that can be written.",
         )
         return None
 

@@ -342,14 +342,14 @@ def run_misled(case: ZeroCase, _: Path) -> dict[str, Any]:
     with deepspeed.zero.Init(config_dict_or_path=config):
         model = LinearModel()
     undecayed = [param for param in model.parameters() if len(param.shape) == 1]
+    engine, *_others = deepspeed.initialize(
+        model=model, model_parameters=[{"params": undecayed, "wd_mult": 0.0}], config=config
+    )
+    for group in bare(engine).param_groups:  # what its scheduler does
+        group["weight_decay"] *= group["wd_mult"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        engine, *_others = deepspeed.initialize(
-            model=model,
-            model_parameters=[{"params": undecayed, "weight_decay": 0.0}],
-            config=config,
-        )
-    train_step(engine, case, 0)
+        train_step(engine, case, 0)
     ratios = bare(engine).trust_ratios(model.named_parameters())
     engine.destroy()
     return {
