@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
+import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import deepspeed
 import torch.distributed as dist
@@ -18,16 +18,21 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
 
 import alto_ds  # noqa: F401  registers the optimizer types
-from alto_ds.pretrain import checkpoints, setup
+from alto_ds import checkpoint
+from alto_ds.pretrain import setup
+from alto_ds.pretrain.deepspeed_json import check_values, read_deepspeed_json
+from alto_ds.pretrain.effective import lines_of_engine, lines_of_settings
+from alto_ds.pretrain.exits import ExitStatus
 from alto_ds.pretrain.identity import check_identity, identity_of, write_identity
+from alto_ds.pretrain.lock import one_run
 from alto_ds.pretrain.loop import evaluate, train
 from alto_ds.pretrain.metrics import Metrics, perplexity
 from alto_ds.pretrain.model import save_model
 from alto_ds.pretrain.ranks import SetupError, init_distributed, on_ranks
 from alto_ds.pretrain.settings import SIZES, DataSettings, ModelSettings, RunSettings, Settings
+from alto_ds.pretrain.signals import watch_launchers
 
 NAME = "alto_ds.pretrain"
-INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 
 Part = TypeVar("Part", ModelSettings, DataSettings, RunSettings)
 
@@ -35,6 +40,7 @@ Part = TypeVar("Part", ModelSettings, DataSettings, RunSettings)
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command on this rank, then end the process."""
     settings = parse_arguments(argv)
+    watch_launchers()
     if get_accelerator().device_name() == "cpu":
         # Compiling DeepSpeed's shared-memory collectives takes longer than a small run; gloo
         # does the same work.
@@ -43,50 +49,87 @@ def main(argv: Sequence[str] | None = None) -> None:
         init_distributed(timedelta(seconds=settings.run.timeout))
         # Before any collective: otherwise, with NCCL, all ranks of a node use its first GPU.
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-        finished = pretrain(settings)
-    except (SetupError, checkpoints.CheckpointError) as error:
+        status = pretrain(settings)
+    except (SetupError, checkpoint.CheckpointError) as error:
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(f"{NAME}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(ExitStatus.REFUSED)
+    except FloatingPointError as error:
+        if dist.get_rank() == 0:
+            print(f"{NAME}: {error}", file=sys.stderr)
+        status = ExitStatus.NOT_FINITE
     # Otherwise Python may exit while a thread of gloo still frees the last gathered tensors.
     dist.barrier()
     dist.destroy_process_group()
-    sys.exit(0 if finished else INTERRUPTED)
+    sys.exit(status)
 
 
-def pretrain(settings: Settings) -> bool:
+def pretrain(settings: Settings) -> ExitStatus:
     """Train a model from the settings, or go on where an earlier start of the run stopped.
 
     All ranks must call this together, after :func:`~alto_ds.pretrain.ranks.init_distributed`.
 
     Returns:
-        True where the last step was done, the same on every rank; then the model and the curves
-        are written. False where a signal ended the run before it.
+        FINISHED where the last step was done, the same on every rank; then the model and the
+        curves are written. Another where a signal ended the run before it.
 
     Raises:
-        SetupError: on all ranks, where text, settings or checkpoint do not fit.
-        CheckpointError: on all ranks, where the checkpoint cannot be loaded.
+        SetupError: on all ranks, where text, settings or checkpoint do not fit, or another run
+            has the output folder.
+        FloatingPointError: on all ranks, where loss or weights are not finite any more, or too
+            many steps in a row were skipped. It names the last checkpoint before that.
+        CheckpointError: on all ranks, where a checkpoint cannot be written, or none be loaded.
     """
+    with one_run(settings.run.output_dir) as check_lock:
+        return _pretrain(settings, check_lock)
+
+
+def _pretrain(settings: Settings, check_lock: Callable[[], None]) -> ExitStatus:
     folder, writes = settings.run.output_dir, dist.get_rank() == 0
+    if writes:
+        print(*lines_of_settings(settings), sep="\n", flush=True)
     data = setup.prepare_data(settings)
     engine = setup.make_engine(settings, data.tokenizer)
+    if writes:
+        print(*lines_of_engine(engine), sep="\n", flush=True)
     identity = identity_of(settings, engine, data.fingerprint)
     saved = setup.checkpoints_of(settings)
     step = 0
-    if checkpoints.found(saved):
-        on_ranks(writes, lambda: check_identity(folder, identity))
-        step = checkpoints.load(engine, saved)["step"]
-    metrics = Metrics(folder, step, settings.steps, writes)
+    on_ranks(writes and checkpoint.exist(saved), lambda: check_identity(folder, identity))
+    resumed = checkpoint.resume(engine, saved)
+    if resumed is not None:
+        step = resumed.client_state["step"]
+    metrics = on_ranks(True, lambda: Metrics(folder, step, settings.steps, writes))
+    assert metrics is not None
+
+    last_saved = step
 
     def save(step: int) -> None:
+        nonlocal last_saved
+        check_lock()
         if writes:
             write_identity(folder, identity)
-        checkpoints.save(engine, saved, step, {"step": step})
+        checkpoint.save(
+            engine,
+            saved,
+            f"step{step:07d}",
+            {"step": step},
+            keep=settings.run.keep_checkpoints,
+            keep_every=settings.run.keep_every,
+        )
+        last_saved = step
 
-    step = train(engine, data, settings, step, metrics, save)
-    metrics.close()
-    if step < settings.steps:
-        return False
+    try:
+        step, status = train(engine, data, settings, step, metrics, save)
+    except FloatingPointError as error:
+        good = f"step {last_saved}, in {saved}" if last_saved else "none: no step was saved"
+        raise FloatingPointError(
+            f"{error} This step was not saved; the last good checkpoint is {good}."
+        ) from error
+    finally:
+        metrics.close()
+    if status is not ExitStatus.FINISHED:
+        return status
     save_model(engine, data.tokenizer, folder / "model")
     loss = evaluate(engine, data.validation)
     metrics.draw()
@@ -95,22 +138,28 @@ def pretrain(settings: Settings) -> bool:
             f"Final held-out perplexity {perplexity(loss):.2f} after {step} steps; "
             f"model in {folder / 'model'}, curves in {folder / 'curves.png'}"
         )
-    return True
+    return status
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
-    """Read the command line; ends the process with a message where it is wrong."""
+    """Read the command line and the JSON that it names.
+
+    Ends the process with exit status 2 and one line where something is wrong in them.
+    """
     parser = _parser()
-    given = vars(parser.parse_args(argv))
+    known, others = parser.parse_known_args(argv)
+    if others:
+        parser.refuse(others[0])
+    given = vars(known)
     path = given["deepspeed_config"]
     if not path or not os.path.isfile(path):
         parser.error(f"--deepspeed_config={path} is no file; name a JSON from configs/")
     try:
-        config = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
-        parser.error(f"--deepspeed_config={path} is no JSON: {error}")
+        config = read_deepspeed_json(Path(path))
+    except (ValueError, OSError) as error:
+        parser.error(f"--deepspeed_config={path}: {error}")
     try:
-        return Settings(
+        settings = Settings(
             model=_part(ModelSettings, given),
             data=_part(DataSettings, given),
             run=_part(RunSettings, given),
@@ -118,6 +167,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
         )
     except ValueError as error:
         parser.error(f"{error}")
+    try:
+        check_values(config)
+    except ValueError as error:
+        parser.error(f"--deepspeed_config={path}: {error}")
+    return settings
 
 
 def _part(kind: type[Part], given: dict[str, Any]) -> Part:
@@ -126,8 +180,30 @@ def _part(kind: type[Part], given: dict[str, Any]) -> Part:
     return kind(**{name: given[name] for name in names if name in given})
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """Ends with one line, which the first rank of each node prints."""
+
+    def error(self, message: str) -> NoReturn:
+        if _is_first_of_node():
+            print(f"{self.prog}: error: {message}", file=sys.stderr)
+        sys.exit(ExitStatus.REFUSED)
+
+    def refuse(self, unknown: str) -> NoReturn:
+        """End with an error about an option that there is not."""
+        name = unknown.split("=")[0]
+        near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+        remedy = f"did you mean {near[0]}?" if near else "--help lists all options"
+        self.error(f"{name} is no option; {remedy}")
+
+
+def _is_first_of_node() -> bool:
+    """By what the launchers tell each process that they start."""
+    names = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
         prog=NAME,
         description="Pre-train GPT-2 with DeepSpeed. The same command again resumes a run.",
         argument_default=argparse.SUPPRESS,  # the defaults are those of the settings
@@ -137,7 +213,8 @@ def _parser() -> argparse.ArgumentParser:
         "--output_dir", required=True, type=Path, help="checkpoints, metrics and the model"
     )
     data = parser.add_argument_group("text (default: Python's own standard library)")
-    data.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="UTF-8 text files")
+    data.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="text files")
+    data.add_argument("--encoding", help="of the text files (default: utf-8)")
     data.add_argument("--dataset", help="hub name, local folder or .jsonl file for `datasets`")
     data.add_argument("--dataset_config", help="configuration of the dataset on the hub")
     data.add_argument("--dataset_split", help="split of the dataset")
@@ -153,6 +230,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--max_steps", type=int, help="default: total_num_steps of the scheduler")
     run.add_argument("--eval_interval", type=int, help="steps between evaluations")
     run.add_argument("--save_interval", type=int, help="steps between checkpoints")
+    run.add_argument("--keep_checkpoints", type=int, help="the newest that stay (default: 2)")
+    run.add_argument("--keep_every", type=int, help="those of every so many steps stay for ever")
+    run.add_argument("--save_minutes", type=float, help="minutes between checkpoints, besides")
+    run.add_argument(
+        "--max_skipped_steps", type=int, help="in a row, for gradients that are not finite"
+    )
     run.add_argument("--dropout", type=float, help="of GPT-2's three kinds")
     run.add_argument("--seed", type=int, help="of weights, order and dropout")
     run.add_argument(

@@ -56,9 +56,10 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
     """Refuse to go on with a run that would not be the same one, before anything is loaded.
 
     Raises:
-        ValueError: naming each setting that differs from those the run was started with.
+        ValueError: naming each setting that differs from those the run was started with; or
+            the file with those settings is missing or broken.
     """
-    then = _flat(json.loads((folder / FILE).read_text()))
+    then = _flat(_read_identity(folder / FILE))
     now = _flat(identity)
     changed = [
         f"{key}={then.get(key)}, now {now.get(key)}"
@@ -70,6 +71,19 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
             f"the run in {folder} was started with {'; '.join(changed)}. Use the same settings to "
             "resume it, or another --output_dir to start anew."
         )
+
+
+def _read_identity(path: Path) -> dict[str, Any]:
+    try:
+        identity = json.loads(path.read_bytes())
+        if not isinstance(identity, dict):
+            raise ValueError(f"it holds {json.dumps(identity)[:60]}, no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}, which says with which settings the run was started, cannot be read: {error}. "
+            "Copy it back from elsewhere, or start anew with another --output_dir."
+        ) from None
+    return identity
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,9 +12,14 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from alto_ds.pretrain.data.sequences import Sequences
+from alto_ds.pretrain.exits import ExitStatus
 from alto_ds.pretrain.metrics import Metrics, perplexity, trust_ratio_metrics
+from alto_ds.pretrain.nonfinite import SkippedSteps, check_loss, check_weights
 from alto_ds.pretrain.settings import Settings
-from alto_ds.pretrain.signals import Interruption
+from alto_ds.pretrain.signals import Interruption, drop_lost_output
+
+# How a signal to any rank may end all of them; where both are wanted, the first.
+STOPS = (ExitStatus.INTERRUPTED, ExitStatus.REQUEUE)
 
 
 def train(
@@ -24,7 +29,7 @@ def train(
     step: int,
     metrics: Metrics,
     save: Callable[[int], None],
-) -> int:
+) -> tuple[int, ExitStatus]:
     """Train to the last step, or until a signal. All ranks must call this together.
 
     Args:
@@ -36,14 +41,21 @@ def train(
         save: writes a checkpoint; called on all ranks together with the number of steps done.
 
     Returns:
-        Number of steps done, the same on every rank; all of them are saved. Fewer than
-        ``settings.steps`` where SIGINT or SIGTERM has come to one of the ranks.
+        Number of steps done, all of them saved, and FINISHED where that is ``settings.steps``;
+        otherwise how the signal that has come to one of the ranks wants the run to end. The same
+        on every rank.
+
+    Raises:
+        FloatingPointError: on all ranks, where a step has made loss or weights that are not finite
+            or too many steps in a row were skipped. Nothing of the step was written.
     """
     interruption = Interruption()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     batch_size, gas = engine.train_batch_size(), engine.gradient_accumulation_steps()
     batches = data.training_batches(step, batch_size, gas, rank, world_size)
     tokens = batch_size * settings.model.length
+    skipped_steps = SkippedSteps(engine, settings.run.max_skipped_steps)
+    saved_at = time.monotonic()
     while step < settings.steps:
         began = time.perf_counter()
         # Dropout depends on step and rank alone, so that a resumed run repeats it.
@@ -51,14 +63,26 @@ def train(
         lr = engine.get_lr()[0]
         loss = _step(engine, batches, gas)
         step += 1
-        # What all ranks must know of each other: the loss of each, and whether one is to stop.
-        shared = torch.stack([loss, torch.full_like(loss, interruption.requested)])
+        # What all ranks must know of each other: the loss of each, whether one is to stop, and
+        # whether rank 0's clock says that a checkpoint is due.
+        minutes = (time.monotonic() - saved_at) / 60
+        due = rank == 0 and minutes >= settings.run.save_minutes
+        flags = [*(interruption.status is stop for stop in STOPS), due]
+        shared = torch.cat([loss[None], torch.tensor(flags, dtype=loss.dtype, device=loss.device)])
         dist.all_reduce(shared)
-        stop = shared[1].item() > 0
+        total_loss, *counts = shared.tolist()
+        *wanted, due_minutes = (count > 0 for count in counts)
+        stop = next(
+            (status for status, is_wanted in zip(STOPS, wanted, strict=True) if is_wanted), None
+        )
+        check_loss(total_loss / world_size, step)
+        skipped_steps.check(step)
+        if stop is not None:
+            drop_lost_output()
         row = {
             "step": step,
             "tokens": step * tokens,
-            "loss": shared[0].item() / world_size,
+            "loss": total_loss / world_size,
             "lr": lr,
         }
         norm = engine.get_global_grad_norm()
@@ -66,18 +90,22 @@ def train(
             row["grad_norm"] = float(norm)
         row["tokens_per_second"] = tokens / (time.perf_counter() - began)
         last = step == settings.steps
+        saves = bool(stop or due_minutes or last or step % settings.run.save_interval == 0)
+        if saves:
+            check_weights(engine.module, step)
         if step == settings.warmup_steps or step % settings.run.eval_interval == 0 or last:
             loss_held_out = evaluate(engine, data.validation)
             row |= {"val_loss": loss_held_out, "val_ppl": perplexity(loss_held_out)}
             row |= trust_ratio_metrics(engine)
         metrics.step(row)
-        if stop or step % settings.run.save_interval == 0 or last:
+        if saves:
             save(step)
-        if stop and not last:
+            saved_at = time.monotonic()
+        if stop is not None and not last:
             metrics.say(f"Stopped after step {step}; the same command goes on from there.")
-            return step  # and signals stay caught: a launcher sends more of them
+            return step, stop  # and signals stay caught: a launcher sends more of them
     interruption.restore()
-    return step
+    return step, ExitStatus.FINISHED
 
 
 def _step(engine: Any, batches: Iterator[Tensor], gas: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,14 @@ class Metrics:
         if not active:
             return
         self.path = folder / "metrics.jsonl"
-        self.rows = [row for row in read_metrics(self.path) if row["step"] <= first_step]
+        rows, broken = _read_rows(self.path)
+        if broken:
+            print(
+                f"{self.path}: left out line {', '.join(map(str, broken))}, which cannot be read; "
+                f"kept the other {len(rows)}.",
+                file=sys.stderr,
+            )
+        self.rows = [row for row in rows if row["step"] <= first_step]
         folder.mkdir(parents=True, exist_ok=True)
         kept = folder / "metrics.jsonl.new"
         kept.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
@@ -143,13 +151,35 @@ def perplexity(loss: float) -> float:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; none where there is no file."""
+    """The rows of a ``metrics.jsonl``, without broken lines; none where there is no file."""
+    return _read_rows(path)[0]
+
+
+def _read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of a file, and the numbers of lines that are none, counted from 1.
+
+    The last line is not among these where it has no end: the run was killed while writing it.
+    """
     if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # the run was killed while writing the line
-            break
-    return rows
+        return [], []
+    lines = path.read_bytes().split(b"\n")
+    rows, broken = [], []
+    for number, line in enumerate(lines, start=1):
+        row = _row(line)
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):
+            broken.append(number)
+    return rows, broken
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A row with all that the curves are drawn of, None where a line is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    drawn = (row.get("loss"), row.get("lr"), row.get("val_loss", 0.0), row.get("grad_norm") or 0.0)
+    return row if all(type(number) in (int, float) for number in drawn) else None

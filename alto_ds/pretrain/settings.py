@@ -6,6 +6,7 @@ a command line, gets the same checks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ class ModelSettings:
         if self.model not in SIZES:
             raise ValueError(f"--model={self.model} must be one of {', '.join(SIZES)}")
         _at_least(2, seq_length=self.seq_length)  # one token to predict the next from
+        _is_number(dropout=self.dropout)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout={self.dropout} must be in [0, 1)")
         if self.length > self.positions:
@@ -66,7 +68,8 @@ class DataSettings:
     """Which text is trained on, and how it becomes tokens.
 
     Attributes:
-        text: UTF-8 files; none of ``text`` and ``dataset`` is Python's own standard library.
+        text: files; none of ``text`` and ``dataset`` is Python's own standard library.
+        encoding: of the files that ``text`` names.
         dataset: hub name, local folder or .jsonl file for the ``datasets`` library.
         dataset_config: configuration of the dataset on the hub.
         dataset_split: split of the dataset.
@@ -83,6 +86,7 @@ class DataSettings:
     """
 
     text: Sequence[Path] = ()
+    encoding: str = "utf-8"
     dataset: str | None = None
     dataset_config: str | None = None
     dataset_split: str = "train"
@@ -97,6 +101,15 @@ class DataSettings:
     def __post_init__(self) -> None:
         if self.text and self.dataset:
             raise ValueError("--text and --dataset both name text; give one of them")
+        if self.encoding != "utf-8" and not self.text:
+            raise ValueError(f"--encoding={self.encoding} is that of --text; name its files")
+        try:
+            "text".encode(self.encoding)
+        except (LookupError, ValueError):
+            raise ValueError(
+                f"--encoding={self.encoding} is none of text that Python knows; write utf-8, "
+                "utf-16 or latin-1, for example"
+            ) from None
         if self.streaming and not self.dataset:
             raise ValueError("--streaming goes with --dataset; leave it out for files")
         _at_least(
@@ -105,6 +118,10 @@ class DataSettings:
             tokenizer_documents=self.tokenizer_documents,
         )
         _at_least(257, vocab_size=self.vocab_size)  # the bytes and end of text
+        for name in ("dataset", "dataset_split", "text_column", "tokenizer"):
+            if getattr(self, name) == "":
+                raise ValueError(f"--{name} is empty; write a name, or leave the option out")
+        _is_number(validation_fraction=self.validation_fraction)
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"--validation_fraction={self.validation_fraction} must be in (0, 1)")
 
@@ -118,6 +135,11 @@ class RunSettings:
         max_steps: steps to take; None for ``total_num_steps`` of the JSON's scheduler.
         eval_interval: steps between evaluations.
         save_interval: steps between checkpoints.
+        keep_checkpoints: the newest that stay.
+        keep_every: checkpoints of every so many steps stay for ever; None for none.
+        save_minutes: minutes after which a checkpoint is written besides; infinite for never.
+        max_skipped_steps: steps in a row that DeepSpeed may skip before the run ends. The default
+            lets a loss scale of 2**32 fall to 1.
         seed: of weights, order of the data and dropout.
         timeout: seconds a rank waits for the others before it ends with an error. The command's
             own default follows DEEPSPEED_TIMEOUT.
@@ -130,6 +152,10 @@ class RunSettings:
     max_steps: int | None = None
     eval_interval: int = 100
     save_interval: int = 100
+    keep_checkpoints: int = 2
+    keep_every: int | None = None
+    save_minutes: float = math.inf
+    max_skipped_steps: int = 50
     seed: int = 1234
     timeout: int = 600
 
@@ -139,8 +165,19 @@ class RunSettings:
             max_steps=self.max_steps,
             eval_interval=self.eval_interval,
             save_interval=self.save_interval,
+            keep_checkpoints=self.keep_checkpoints,
+            keep_every=self.keep_every,
+            max_skipped_steps=self.max_skipped_steps,
             timeout=self.timeout,
         )
+        _at_least(0, seed=self.seed)
+        # What PyTorch's generators and timeouts take.
+        _at_most(2**62, seed=self.seed, max_steps=self.max_steps)
+        _at_most(10**9, timeout=self.timeout)
+        if self.output_dir.exists() and not self.output_dir.is_dir():
+            raise ValueError(f"--output_dir={self.output_dir} is a file; name a folder")
+        if not self.save_minutes > 0:
+            raise ValueError(f"--save_minutes={self.save_minutes} must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +203,7 @@ class Settings:
         if "optimizer" not in self.deepspeed_config:
             raise ValueError('--deepspeed_config has no "optimizer"; add one, as in configs/')
         total = self._scheduler.get("total_num_steps")
-        if self.run.max_steps is None and not (isinstance(total, int) and total > 0):
+        if self.run.max_steps is None and not (type(total) is int and total > 0):
             raise ValueError(
                 "--max_steps is needed: the JSON's scheduler has no total_num_steps that is a "
                 f"number of steps, but {total!r}"
@@ -185,10 +222,26 @@ class Settings:
 
     @property
     def _scheduler(self) -> Mapping[str, Any]:
-        return self.deepspeed_config.get("scheduler", {}).get("params", {})
+        section = self.deepspeed_config.get("scheduler")
+        params = section.get("params") if isinstance(section, dict) else None
+        return params if isinstance(params, dict) else {}
 
 
 def _at_least(minimum: int, **values: int | None) -> None:
     for name, value in values.items():
+        if value is not None and type(value) is not int:
+            raise ValueError(f"--{name}={value!r} must be a whole number")
         if value is not None and value < minimum:
             raise ValueError(f"--{name}={value} must be at least {minimum}")
+
+
+def _at_most(maximum: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value > maximum:
+            raise ValueError(f"--{name}={value} must be at most {maximum}")
+
+
+def _is_number(**values: float) -> None:
+    for name, value in values.items():
+        if type(value) not in (int, float):
+            raise ValueError(f"--{name}={value!r} must be a number")

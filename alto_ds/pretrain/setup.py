@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from datetime import timedelta
@@ -10,8 +11,9 @@ from typing import Any
 
 import deepspeed
 import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
 
-from alto_ds.pretrain import checkpoints
+from alto_ds import checkpoint
 from alto_ds.pretrain.data.sequences import Sequences, make_sequences
 from alto_ds.pretrain.model import make_model, model_config, parameter_groups
 from alto_ds.pretrain.ranks import SetupError, on_ranks
@@ -30,7 +32,8 @@ def prepare_data(settings: Settings) -> Sequences:
         SetupError: on all ranks, where text or settings do not fit.
     """
     check_batch_size(settings.deepspeed_config, dist.get_world_size())
-    resumed = checkpoints.exist(checkpoints_of(settings))
+    check_by_deepspeed(settings.deepspeed_config)
+    resumed = checkpoint.exist(checkpoints_of(settings))
     rank = dist.get_rank()
     # The first rank fills the caches of tokenizer and sequences, then the first of each other
     # node, whose folders may be its own; the rest then find them.
@@ -79,3 +82,15 @@ def check_batch_size(config: Mapping[str, Any], world_size: int) -> None:
             f"train_batch_size={batch_size} is not a multiple of train_micro_batch_size_per_gpu="
             f"{micro} times {world_size} rank(s); change one of the three."
         )
+
+
+def check_by_deepspeed(config: Mapping[str, Any]) -> None:
+    """Let DeepSpeed check its JSON for this number of ranks, before any text is read.
+
+    Raises:
+        SetupError: on all ranks.
+    """
+    try:
+        DeepSpeedConfig(copy.deepcopy(dict(config)))  # which it adds to
+    except Exception as error:  # assertions, pydantic's and its own
+        raise SetupError(f"DeepSpeed refuses the JSON: {' '.join(str(error).split())}") from error

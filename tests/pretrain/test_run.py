@@ -41,6 +41,16 @@ def test_a_run_leaves_metrics_curves_a_model_and_the_newest_checkpoints(
     assert kept == ["step0000010", "step0000012"]
 
 
+def test_deepspeeds_own_tool_makes_plain_weights_of_a_checkpoint(
+    folder: Path, straight: str
+) -> None:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    found = get_fp32_state_dict_from_zero_checkpoint(str(folder / "straight/checkpoints"))
+    model = weights(folder / "straight")
+    assert all(torch.equal(found[name], model[name]) for name in model)
+
+
 def test_an_evaluation_says_how_matrices_and_embeddings_are_scaled(
     folder: Path, straight: str
 ) -> None:

@@ -46,6 +46,7 @@ def test_options_that_are_given_reach_the_settings() -> None:
 def test_every_setting_is_an_option() -> None:
     options = {
         "streaming": ["--dataset", "d", "--streaming"],
+        "encoding": ["--text", "a.txt", "--encoding", "latin-1"],
         "text": ["--text", "7"],
         "model": ["--model", "gpt2"],
         "validation_fraction": ["--validation_fraction", "0.7"],

@@ -35,7 +35,8 @@ def make_tokenizer(
         resumed: whether the run has a checkpoint: it goes on with the tokenizer that is kept.
 
     Raises:
-        ValueError: the tokenizer that the settings name has no end-of-text token.
+        ValueError: the tokenizer that the settings name cannot be loaded, is no fast one or has
+            no end-of-text token; or that of a resumed run is broken.
     """
     if settings.tokenizer:
         return _named(settings.tokenizer)
@@ -45,8 +46,13 @@ def make_tokenizer(
         "documents": settings.tokenizer_documents,
     }
     record = folder / "trained_on.json"
-    if record.is_file() and (resumed or json.loads(record.read_text()) == made_of):
-        return AutoTokenizer.from_pretrained(folder)
+    if resumed:
+        return _kept(folder, record)
+    try:
+        if json.loads(record.read_bytes()) == made_of:
+            return _whole(folder)
+    except (OSError, ValueError):
+        pass  # none is there, or not a whole one: no checkpoint depends on it, so train it anew
     texts = (row[TEXT] or "" for row in itertools.islice(documents, settings.tokenizer_documents))
     tokenizer = _train(texts, settings.vocab_size)
     tokenizer.save_pretrained(folder)
@@ -54,8 +60,49 @@ def make_tokenizer(
     return tokenizer
 
 
+def _kept(folder: Path, record: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that a run was started with; another would give its tokens other meanings."""
+    try:
+        json.loads(record.read_bytes())
+        return _whole(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the tokenizer that the run was started with is broken: {_one_line(error)}. Copy a "
+            f"whole one to {folder}, name the --tokenizer that the run was started with, or start "
+            "anew with another --output_dir."
+        ) from None
+
+
+def _whole(folder: Path) -> PreTrainedTokenizerFast:
+    """Load a tokenizer that was trained here."""
+    tokenizer = _load(str(folder))
+    if tokenizer.eos_token != END_OF_TEXT:  # the library makes up for files that are missing
+        raise ValueError(f"{folder} has no end-of-text token")
+    return tokenizer
+
+
+def _load(name: str) -> PreTrainedTokenizerFast:
+    """Load a fast tokenizer; what is wrong with it is a ValueError, whatever the library raises."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise ValueError(f"{name} cannot be loaded: {_one_line(error)}") from error
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ValueError(f"{name} is a {type(tokenizer).__name__}, no fast tokenizer")
+    return tokenizer
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
 def _named(name: str) -> PreTrainedTokenizerFast:
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    try:
+        tokenizer = _load(name)
+    except ValueError as error:
+        raise ValueError(
+            f"--tokenizer={error}. Name one of the hub, or a folder with tokenizer.json."
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"--tokenizer={name} has no end-of-text token (eos_token), which separates documents; "
