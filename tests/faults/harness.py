@@ -149,8 +149,18 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 
 
 def equal(left: list[Tensor], right: list[Tensor]) -> bool:
-    """Whether two snapshots are the same to the bit."""
-    return len(left) == len(right) and all(map(torch.equal, left, right))
+    """Whether two snapshots are the same to the bit.
+
+    NaN equals itself: ZeRO-3's padding is uninitialised memory.
+    """
+    return len(left) == len(right) and all(
+        a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b))
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).contiguous().view(torch.uint8)
 
 
 def try_resume(engine: Any, folder: Path) -> tuple[Resumed | None, str, str]:
