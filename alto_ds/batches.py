@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from alto_ds.kernels import FragmentTable
+from alto_ds.kernels import FragmentTable, largest_weight
 from alto_ds.layout import Layer, Layout
 from alto_ds.states import STEP
 from alto_ds.trust_ratio import rows_to_add, sums_dtype
@@ -60,9 +60,11 @@ class Plan(NamedTuple):
         batches: the shards that take their step together.
         layers: those of all groups, in the order of their rows in the sums.
         rows: the rows of each group's layers.
-        rows_of: the rows to add up over the ranks of each process group.
-        sums: ``[layers, 2]``, Σθ² and Σr² of the latest step.
+        rows_of: the rows to add up over the ranks of each process group, the last row always.
+        sums: ``[layers + 1, 2]``, Σθ² and Σr² of the latest step; :mod:`alto_ds.nonfinite` has the
+            last row.
         ratios: ``[layers]``, trust ratios of the latest step.
+        largest: ``[layers]``, what a weight may become; see :mod:`alto_ds.nonfinite`.
     """
 
     kinds: list[Any] | None
@@ -72,6 +74,7 @@ class Plan(NamedTuple):
     rows_of: dict[ProcessGroup, Tensor]
     sums: Tensor
     ratios: Tensor
+    largest: Tensor
 
 
 def kinds_of(shards: Sequence[Shard]) -> list[Any] | None:
@@ -81,12 +84,12 @@ def kinds_of(shards: Sequence[Shard]) -> list[Any] | None:
     a state is missing or of another kind, which no plan fits.
     """
     try:
-        first = shards[0].state[STEP] if shards else 0
-        ahead = [shard.state[STEP] - first for shard in shards]
+        steps = [shard.state[STEP] for shard in shards]
+        counted = all(type(step) is int for step in steps)
         columns = [column for shard in shards for column in shard.columns]
         return [
             [id(shard.tensor) for shard in shards],
-            ahead if all(type(steps) is int for steps in ahead) else None,
+            [step - steps[0] for step in steps] if counted else None,
             [column.shape for column in columns],
             [column.dtype for column in columns],
             [column.device for column in columns],
@@ -135,9 +138,12 @@ def make_plan(parts: Sequence[Part], shards: Sequence[Shard]) -> Plan:
                 )
         batches.append(Members(indices, FragmentTable(fragments)))
     device = shards[0].columns[0].device if shards else layers[0].param.device
-    sums = torch.zeros(len(layers), 2, dtype=sums_dtype(device), device=device)
-    ratios = torch.ones_like(sums[:, 0])
-    return Plan(kinds_of(shards), batches, layers, rows, rows_to_add(layers), sums, ratios)
+    sums = torch.zeros(len(layers) + 1, 2, dtype=sums_dtype(device), device=device)
+    ratios = torch.ones_like(sums[:-1, 0])
+    largest = ratios.new_tensor([largest_weight(layer.param.dtype) for layer in layers])
+    last = torch.tensor([len(layers)])
+    rows_of = {group: torch.cat([shared, last]) for group, shared in rows_to_add(layers).items()}
+    return Plan(kinds_of(shards), batches, layers, rows, rows_of, sums, ratios, largest)
 
 
 def name_of(layout: Layout, place: int) -> str:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from alto_ds.states import EXP_AVG, EXP_AVG_GRAD, EXP_AVG_SQ, STEP
 
+_AUTHORS_SETTINGS = ("lr", "betas", "weight_decay", "eps", "alp")
+
 
 def from_authors(saved: Mapping[str, Any], alto: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict of ALTO from one of the authors' package (``e-optimizer-adaptor``), exactly.
@@ -40,7 +42,7 @@ def from_authors(saved: Mapping[str, Any], alto: Mapping[str, Any]) -> dict[str,
         average = state["prev_grad"] - state["exp_grad_diff"] * (beta1 / (1 - beta1))
         return _states(state, state[STEP]) | {EXP_AVG_GRAD: average}
 
-    converted = _convert(saved, alto, convert, ("prev_grad", "exp_grad_diff"))
+    converted = _convert(saved, alto, convert, ("prev_grad", "exp_grad_diff"), _AUTHORS_SETTINGS)
     for group, theirs in zip(converted["param_groups"], saved["param_groups"], strict=True):
         group.update({key: theirs[key] for key in ("lr", "betas", "weight_decay", "eps")})
         group["alpha"] = theirs["alp"]
@@ -72,11 +74,22 @@ def from_adam(saved: Mapping[str, Any], alto: Mapping[str, Any]) -> dict[str, An
         correction = 1 - float(group["betas"][0]) ** step
         return _states(state, step) | {EXP_AVG_GRAD: state[EXP_AVG] / correction}
 
-    return _convert(saved, alto, convert, (EXP_AVG, EXP_AVG_SQ))
+    return _convert(saved, alto, convert, (EXP_AVG, EXP_AVG_SQ), ("betas",))
 
 
 def _states(state: Mapping[str, Any], step: Any) -> dict[str, Any]:
     return {STEP: int(step), EXP_AVG: state[EXP_AVG], EXP_AVG_SQ: state[EXP_AVG_SQ]}
+
+
+def _check_settings(group: Mapping[str, Any], needed: tuple[str, ...]) -> None:
+    missing = [name for name in needed if name not in group]
+    if missing:
+        raise ValueError(
+            f"a group of the state dict has no {' and no '.join(missing)}: it is of another "
+            "optimizer."
+        )
+    if not 0 <= float(group["betas"][0]) < 1:
+        raise ValueError(f"betas={group['betas']!r} in the state dict are out of bounds.")
 
 
 def _convert(
@@ -84,8 +97,14 @@ def _convert(
     alto: Mapping[str, Any],
     convert: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]],
     needed: tuple[str, ...],
+    settings: tuple[str, ...],
 ) -> dict[str, Any]:
     """ALTO's state dict with each of the saved states converted."""
+    for name, found in (("saved", saved), ("alto", alto)):
+        groups = found.get("param_groups") if isinstance(found, Mapping) else None
+        is_list = isinstance(groups, list) and all("params" in group for group in groups)
+        if not is_list or not isinstance(found.get("state"), Mapping):
+            raise ValueError(f"{name} is no state dict; pass what the optimizer's state_dict() is.")
     theirs, ours = saved["param_groups"], alto["param_groups"]
     sizes = [[len(group["params"]) for group in groups] for groups in (theirs, ours)]
     if sizes[0] != sizes[1]:
@@ -105,7 +124,14 @@ def _convert(
                     f"the states of parameter {key} have no {' and no '.join(missing)}, but "
                     f"{', '.join(map(str, state))}: they are of another optimizer."
                 )
+            _check_settings(group, settings)
             states[own_key] = convert(state, group)
+            for name, value in states[own_key].items():
+                if isinstance(value, Tensor) and not value.isfinite().all():
+                    raise ValueError(
+                        f"the state {name} of parameter {key} would not be finite; take an older "
+                        "checkpoint, or start without states."
+                    )
             if not own["alpha"]:
                 del states[own_key][EXP_AVG_GRAD]
     return {"state": states, "param_groups": [dict(group) for group in ours]}

@@ -11,11 +11,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from alto_ds import kernels, registration, settings, states
+from alto_ds import nonfinite, registration, settings, states
 from alto_ds.batches import Part, Plan, Shard, kinds_of, make_plan, name_of
-from alto_ds.layout import Layout, is_dtensor, local, local_grad, resolve
+from alto_ds.layout import (
+    Layout,
+    Names,
+    OwnParameters,
+    is_dtensor,
+    local,
+    local_grad,
+    resolve,
+)
 from alto_ds.states import STEP
-from alto_ds.trust_ratio import TrustRatio, add_over_ranks, trust_ratios
+from alto_ds.step import take_step
+from alto_ds.trust_ratio import TrustRatio
 
 
 class ALTO(Optimizer):
@@ -57,11 +66,25 @@ class ALTO(Optimizer):
         state_dtype: "fp32", or "bf16" to keep s and m in bfloat16 by stochastic rounding. v is not
             rounded: its steps are too small for bfloat16.
         seed: chooses the random numbers of that rounding. They do not depend on the number of
-            ranks or on how layers are cut.
+            ranks or on how layers are cut, but along an inner dimension of a DTensor.
+        nonfinite: what to do with NaN and infinity. "raise" never writes them to a weight or a
+            state: what would become so is left as it was, and all ranks that share a layer raise
+            together. On accelerators, which are not waited for, it is the next call that raises.
+            "skip" looks at all gradients before anything changes, and skips the step on all these
+            ranks where one is not finite; it costs one more pass over the gradients, 4 of about 48
+            bytes a parameter, and waits for the device. ZeRO 1 to 3 have looked by themselves,
+            unless "check_grad_overflow" is false; then they call ``step()`` for each parameter
+            group, and each call decides for itself. "ignore" computes with them.
+
+    Attributes:
+        skipped_steps: number of calls of ``step()`` that "skip" has skipped in this process.
 
     Raises:
         ValueError: a setting is out of its bounds.
     """
+
+    skipped_steps: int
+    _news: nonfinite.News | None
 
     def __init__(
         self,
@@ -75,6 +98,7 @@ class ALTO(Optimizer):
         trust_clip: Sequence[float] | None = None,
         state_dtype: str = "fp32",
         seed: int = 0,
+        nonfinite: str = "raise",
     ) -> None:
         registration.support_in_zero(type(self))
         self._forget()
@@ -89,9 +113,10 @@ class ALTO(Optimizer):
             "trust_ratio": None,
             "state_dtype": state_dtype,
             "seed": seed,
+            "nonfinite": nonfinite,
         }
         super().__init__(params, defaults)
-        registration.refuse_at_first_gradient("ALTO", self, self._names)
+        registration.refuse_at_first_gradient("ALTO", self, self._own.names)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of the model's parameters, as :class:`torch.optim.Optimizer` does.
@@ -102,7 +127,16 @@ class ALTO(Optimizer):
         settings.check_keys(param_group)
         settings.check({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        self._remember(len(self.param_groups) - 1)
+        place = len(self.param_groups) - 1
+        self._own.remember(place, self.param_groups[place])
+        for param in self.param_groups[place]["params"]:
+            if param.is_complex():
+                self.param_groups.pop()
+                self._own.groups.pop()
+                raise ValueError(
+                    f"ALTO: parameter {self._own.names[param]} is complex ({param.dtype}); pass "
+                    "torch.view_as_real() of it instead."
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, **others: Any) -> Any:
@@ -110,7 +144,7 @@ class ALTO(Optimizer):
 
         All ranks that share a layer of the parameter groups must call this together, also those
         that hold no part of it or have no gradient. Nothing is sent where no layer is shared, else
-        one all-reduce per process group, of 16 bytes for each layer.
+        one all-reduce per process group, of 16 bytes for each layer and 16 more.
 
         Args:
             closure: reevaluates the model and returns the loss.
@@ -124,8 +158,10 @@ class ALTO(Optimizer):
             RuntimeError: a gradient is sparse, a state does not fit its parameter, no layout is
                 known for a tensor, or a wrapper does what ALTO cannot. Raised before anything is
                 changed.
+            FloatingPointError: see ``nonfinite``; after a step, which the message describes.
         """
         registration.refuse_step_arguments("ALTO", others)
+        self.raise_nonfinite()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -139,27 +175,25 @@ class ALTO(Optimizer):
             return loss
 
         plan = self._plan(parts, shards)
-        passes = []
-        for members in plan.batches:
-            first = shards[members.indices[0]]
-            hyper = settings.hyperparameters(first.part.group, first.state[STEP] + 1)
-            batch = _batch([shards[i].columns for i in members.indices], members.fragments)
-            passes.append((kernels.choose(batch), batch, hyper))
-        for shard in shards:
-            shard.state[STEP] += 1
-
-        plan.sums.zero_()
-        for kernel, batch, hyper in passes:
-            sums = plan.sums.to(batch.params[0].device)
-            kernel.update_states(batch, hyper, sums)
-            if sums is not plan.sums:
-                plan.sums.copy_(sums)
-        add_over_ranks(plan.sums, plan.rows_of)
-        for part, rows in zip(parts, plan.rows, strict=True):
-            plan.ratios[rows] = _ratios(plan.sums[rows], part.group)
-        for kernel, batch, hyper in passes:
-            kernel.apply_update(batch, hyper, hyper.lr * plan.ratios.to(batch.params[0].device))
+        if not nonfinite.gradients_allow_step(plan, parts, shards):
+            self.skipped_steps += 1
+            return loss
+        self._news = take_step(plan, parts, shards)
+        if plan.sums.device.type == "cpu":
+            self.raise_nonfinite()
         return loss
+
+    def raise_nonfinite(self) -> None:
+        """Raise what the latest call of :meth:`step` has found, where it has not done so itself.
+
+        That is so on accelerators, where the next call does it. All ranks that share a layer must
+        call this together. It waits for the device; checkpoints are written after it.
+
+        Raises:
+            FloatingPointError: names layers, step, ranks and where the bad numbers are.
+        """
+        news, self._news = self._news, None
+        nonfinite.raise_if_found(news)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -219,42 +253,23 @@ class ALTO(Optimizer):
         self._plans.clear()  # states are checked when a plan is made
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "_layouts" in self.__dict__:  # called by load_state_dict, after its hooks
+        if "_own" in self.__dict__:  # called by load_state_dict, after its hooks
             for group in state["param_groups"]:
                 settings.check({**self.defaults, **group})
-            states.check_loaded(state["state"], states.ALTO_STATES, self._names)
+            states.check_loaded(state["state"], states.ALTO_STATES, self._own.names)
         super().__setstate__(state)
-        if "_layouts" not in self.__dict__:  # unpickled
+        if "_own" not in self.__dict__:  # unpickled
             self._forget()
-            for place in range(len(self.param_groups)):
-                self._remember(place)
-            registration.refuse_at_first_gradient("ALTO", self, self._names)
+            for place, group in enumerate(self.param_groups):
+                self._own.remember(place, group)
+            registration.refuse_at_first_gradient("ALTO", self, self._own.names)
 
     def _forget(self) -> None:
-        # The groups with the model's own parameters. Wrappers put other tensors in their place.
-        self._made_with: list[tuple[dict[str, Any], list[Tensor]]] = []
-        self._names: dict[Tensor, str] = {}
-        # By group and tensors, with the tensors and their sizes.
-        self._layouts: dict[tuple[int, ...], tuple[list[Tensor], list[int], Layout]] = {}
+        self._own = OwnParameters()
         self._plans: dict[tuple[Layout, ...], Plan] = {}
         self._last: dict[Layout, tuple[dict[str, Any], Plan, slice]] = {}
-
-    def _remember(self, place: int) -> None:
-        """Note the model's own parameters of a group, and their names."""
-        group = self.param_groups[place]
-        params = list(group["params"])
-        names = group.get("param_names") or [
-            f"param_groups.{place}.{i}" for i in range(len(params))
-        ]
-        for name, param in zip(names, params, strict=True):
-            if param.is_complex():
-                del self.param_groups[place]
-                raise ValueError(
-                    f"ALTO: parameter {name} is complex ({param.dtype}); pass torch.view_as_real() "
-                    "of it instead."
-                )
-        self._names.update(zip(params, names, strict=True))
-        self._made_with.append((group, params))
+        self._news = None
+        self.skipped_steps = 0
 
     def _decide_what_is_scaled(self) -> None:
         """Set ``trust_ratio`` in the groups that do not say it, at the first step.
@@ -262,9 +277,9 @@ class ALTO(Optimizer):
         Not earlier, for schedulers may set the weight decay when they are made; and not again, so
         that a weight decay that goes to 0 later changes nothing else.
         """
-        undecided = [group for group, _ in self._made_with if group["trust_ratio"] is None]
+        undecided = [group for group, _ in self._own.groups if group["trust_ratio"] is None]
         trained = [
-            group for group, params in self._made_with if any(p.requires_grad for p in params)
+            group for group, params in self._own.groups if any(p.requires_grad for p in params)
         ]
         if undecided and settings.nothing_decays(trained):
             self.defaults["trust_ratio"] = True  # for groups that are added later
@@ -273,24 +288,21 @@ class ALTO(Optimizer):
                 "trust ratios (Algorithm 2 of the paper), biases and norms too. Set weight_decay "
                 "in the groups that decay, which leaves the others unscaled, or "
                 '"trust_ratio": true or false in each group.'
-                + registration.hint_at_placeholders(self._names)
+                + registration.hint_at_placeholders(self._own.names)
             )
         for group in undecided:
             said = self.defaults["trust_ratio"]
             group["trust_ratio"] = bool(group["weight_decay"] != 0) if said is None else said
 
     def _layout(self, group: dict[str, Any]) -> Layout:
-        """What the group's tensors hold now; found once for the same tensors."""
-        tensors = group["params"]
-        key = (id(group), *map(id, tensors))
-        sizes = [tensor.numel() for tensor in tensors]
-        if key not in self._layouts or self._layouts[key][1] != sizes:
-            params = next((p for made, p in self._made_with if made is group), list(self._names))
+        """What the group's tensors hold now."""
+
+        def find(tensors: Sequence[Tensor], params: Sequence[Tensor], names: Names) -> Layout:
             registration.refuse_other_updates("ALTO", self.param_groups, params)
-            registration.refuse_swapping(group, params, self._names)
-            layout = resolve(tensors, params, self._names)
-            self._layouts[key] = (list(tensors), sizes, layout)
-        return self._layouts[key][2]
+            registration.refuse_swapping(group, params, names)
+            return resolve(tensors, params, names)
+
+        return self._own.layout(group, find)
 
     def _shards(self, parts: Sequence[Part]) -> list[Shard]:
         """The tensors to update in this call, with their states made."""
@@ -334,17 +346,3 @@ class ALTO(Optimizer):
         for part, rows in zip(parts, plan.rows, strict=True):
             self._last[part.layout] = (part.group, plan, rows)
         return plan
-
-
-def _batch(shards: Sequence[tuple[Tensor, ...]], fragments: kernels.FragmentTable) -> kernels.Batch:
-    params, grads, *averages, exp_avgs, exp_avg_sqs = zip(*shards, strict=True)
-    exp_avg_grads = averages[0] if averages else ()
-    return kernels.Batch(params, grads, exp_avg_grads, exp_avgs, exp_avg_sqs, fragments)
-
-
-def _ratios(sums: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """Trust ratios ``[layers]`` from sums ``[layers, 2]``, 1 where layers are not scaled."""
-    if not group["trust_ratio"]:
-        return torch.ones_like(sums[:, 0])
-    _, eps2, eps3 = settings.three_eps(group["eps"])
-    return trust_ratios(sums, eps2, eps3, group["trust_clip"])

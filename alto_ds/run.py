@@ -10,9 +10,11 @@ runs ``train.py`` as ``deepspeed train.py --deepspeed_config config.json`` would
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import runpy
 import sys
+from typing import NoReturn
 
 import alto_ds  # noqa: F401  registers the optimizer types
 
@@ -28,18 +30,32 @@ def main() -> None:
     if as_module:
         arguments.pop(0)
     if not arguments:
-        sys.exit(
-            "alto_ds.run: no script named. Usage: deepspeed --module alto_ds.run SCRIPT.py ... or "
+        _refuse(
+            "no script named. Usage: deepspeed --module alto_ds.run SCRIPT.py ... or "
             "deepspeed --module alto_ds.run -m MODULE ..."
         )
     target, sys.argv = arguments[0], [arguments[0], *launcher, *arguments[1:]]
     if as_module:
+        if not _is_module(target):
+            _refuse(f"there is no module {target!r}; is its package installed?")
         runpy.run_module(target, run_name="__main__", alter_sys=True)
         return
     if not os.path.isfile(target):
-        sys.exit(f"alto_ds.run: there is no script {target!r} in {os.getcwd()}.")
+        _refuse(f"there is no script {target!r} in {os.getcwd()}.")
     sys.path[0] = os.path.dirname(os.path.abspath(target))
     runpy.run_path(target, run_name="__main__")
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # its package is missing, or the name is no name
+        return False
+
+
+def _refuse(reason: str) -> NoReturn:
+    print(f"alto_ds.run: {reason}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -17,7 +18,7 @@ from alto_ds.kernels import Hyperparameters
 
 NAMES = (
     *("lr", "betas", "alpha", "eps", "weight_decay", "bias_correction"),
-    *("trust_clip", "trust_ratio", "state_dtype", "seed"),
+    *("trust_clip", "trust_ratio", "state_dtype", "seed", "nonfinite"),
 )
 
 
@@ -75,6 +76,7 @@ def check(group: Mapping[str, Any], *, wait_for_device: bool = True) -> None:
         )
     if not isinstance(group["seed"], int) or isinstance(group["seed"], bool):
         raise ValueError(f"seed={group['seed']!r} must be a whole number.")
+    check_nonfinite(group["nonfinite"])
     if not isinstance(group["bias_correction"], bool):
         raise ValueError(f"bias_correction={group['bias_correction']!r} must be true or false.")
     if not isinstance(group["trust_ratio"], bool | None):
@@ -99,6 +101,12 @@ def check_alpha(alpha: float, beta: float, beta_name: str) -> None:
             f"1 / (1 - {beta_name}) = {1 / (1 - beta):g}; use a smaller |alpha|, or {beta_name} "
             f"above {1 - 1 / abs(alpha):g}."
         )
+
+
+def check_nonfinite(value: str) -> None:
+    """Raise ValueError unless ``value`` is "raise", "skip" or "ignore"."""
+    if value not in ("raise", "skip", "ignore"):
+        raise ValueError(f'nonfinite={value!r} must be "raise", "skip" or "ignore".')
 
 
 def check_keys(group: Mapping[str, Any]) -> None:
@@ -138,6 +146,7 @@ def hyperparameters(group: Mapping[str, Any], step: int) -> Hyperparameters:
     beta1, beta2, beta3 = map(float, group["betas"])
     correct, clip = group["bias_correction"], group["trust_clip"]
     return Hyperparameters(
+        step=step,
         alpha=float(group["alpha"]),
         beta1=beta1,
         beta2=beta2,
@@ -150,6 +159,7 @@ def hyperparameters(group: Mapping[str, Any], step: int) -> Hyperparameters:
         scaled=group["trust_ratio"],
         trust_clip=None if clip is None else (float(clip[0]), float(clip[1])),
         rounding_key=_rounding_key(group["seed"], step),
+        guard=group["nonfinite"] != "ignore",
     )
 
 
@@ -160,10 +170,10 @@ def three_eps(eps: float | Sequence[float]) -> tuple[float, float, float]:
 
 
 def _is_number(value: Any) -> bool:
-    if type(value) in (float, int):
-        return True
     if isinstance(value, Tensor):
-        return value.numel() == 1
+        return value.numel() == 1 and not value.is_complex()
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        return False
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

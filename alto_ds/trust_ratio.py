@@ -34,7 +34,7 @@ def sums_dtype(device: torch.device) -> torch.dtype:
 
 
 def rows_to_add(layers: Sequence[Layer]) -> dict[ProcessGroup, torch.Tensor]:
-    """The rows of those layers that the ranks of each process group share, int64."""
+    """The rows of those layers that the ranks of each process group share, int64 and ascending."""
     rows_of: dict[ProcessGroup, list[int]] = {}
     for row, layer in enumerate(layers):
         for group in layer.groups:

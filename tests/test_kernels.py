@@ -21,6 +21,7 @@ from alto_ds import ALTO
 from alto_ds.kernels import Batch, FragmentTable, Hyperparameters, cpu, reference
 from alto_ds.layout import Fragment
 from alto_ds.trust_ratio import trust_ratios
+from tests.launcher import ROOT
 
 GPU = torch.cuda.is_available()
 BLOCKS = (2048, 4096)  # elements that one program or thread takes at a time
@@ -33,6 +34,7 @@ def load_triton() -> Any:
 
 def hyperparameters(**changes: Any) -> Hyperparameters:
     defaults = Hyperparameters(
+        step=3,
         alpha=-5.0,
         beta1=0.99,
         beta2=0.9,
@@ -45,6 +47,7 @@ def hyperparameters(**changes: Any) -> Hyperparameters:
         scaled=True,
         trust_clip=None,
         rounding_key=0xDEADBEEF,
+        guard=True,
     )
     return defaults._replace(**changes)
 
@@ -294,13 +297,14 @@ def test_rounding_is_the_same_however_a_layer_is_cut() -> None:
     ],
 )
 def test_without_its_kernel_there_is_one_warning_and_the_reference(
-    monkeypatch: pytest.MonkeyPatch, missing: str, message: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: str, message: str
 ) -> None:
     def fail(**_: Any) -> None:
         raise RuntimeError("Ninja is required to load C++ extensions")
 
     if missing == "compiler":
         monkeypatch.setattr("torch.utils.cpp_extension.load", fail)
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     else:
         monkeypatch.setattr(cpu, "_SOURCE", Path("no_such_file.cpp"))
     cpu._library.cache_clear()
@@ -316,3 +320,18 @@ def test_without_its_kernel_there_is_one_warning_and_the_reference(
     for _ in range(2):
         ALTO([twin]).step()
     assert torch.allclose(param, twin, rtol=1e-6)
+
+
+def test_a_process_that_is_killed_while_it_compiles_the_kernel_keeps_no_other_waiting(
+    tmp_path: Path,
+) -> None:
+    """That of a node that is lost, or of a job whose time is over at its first step."""
+    program = "from alto_ds.kernels import cpu; assert cpu._library() is not None"
+    command = [sys.executable, "-W", "error", "-c", program]
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    killed = subprocess.Popen(command, env=environment, cwd=ROOT)
+    while not list(tmp_path.rglob("build.ninja")):
+        assert killed.poll() is None
+    killed.kill()
+    killed.wait()
+    subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=120)

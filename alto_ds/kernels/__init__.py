@@ -7,9 +7,9 @@ import importlib.util
 from typing import Any
 
 from alto_ds.kernels import cpu, reference
-from alto_ds.kernels.types import Batch, FragmentTable, Hyperparameters, Kernel
+from alto_ds.kernels.types import Batch, FragmentTable, Hyperparameters, Kernel, largest_weight
 
-__all__ = ["Batch", "FragmentTable", "Hyperparameters", "Kernel", "choose"]
+__all__ = ["Batch", "FragmentTable", "Hyperparameters", "Kernel", "choose", "largest_weight"]
 
 
 def choose(batch: Batch) -> Kernel:

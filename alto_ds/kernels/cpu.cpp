@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -32,6 +33,7 @@ struct Scalars {
     double scale2, scale3;  // 1 / (1−β2^k), 1 / (1−β3^k)
     double eps1, weight_decay;
     double lr, scaled, eps2, eps3, clip_low, clip_high;
+    double largest;  // number that a weight may become; infinity to let anything happen
     int64_t rounding_key;
 };
 
@@ -124,25 +126,38 @@ template <class T>
 struct Constants {
     T exploration, rate1, rate2, beta3, rate3, scale2, scale3, eps1, weight_decay;
     uint32_t rounding_key;
+    bool guard;  // write nothing that is not finite
     explicit Constants(const Scalars& s)
         : exploration(T(s.exploration)), rate1(T(s.rate1)), rate2(T(s.rate2)), beta3(T(s.beta3)),
           rate3(T(s.rate3)), scale2(T(s.scale2)), scale3(T(s.scale3)), eps1(T(s.eps1)),
-          weight_decay(T(s.weight_decay)), rounding_key(uint32_t(s.rounding_key)) {}
+          weight_decay(T(s.weight_decay)), rounding_key(uint32_t(s.rounding_key)), guard(std::isfinite(s.largest)) {}
 };
 
-template <bool CORRECT, class T>
+// The states of a chunk as they were. Of narrow ones, which are copies, only v is kept.
+template <class T>
+struct Before {
+    alignas(64) T exp_avg_grad[CHUNK], exp_avg[CHUNK], exp_avg_sq[CHUNK];
+};
+
+template <bool CORRECT, bool NARROW, class T>
 void advance(const T* __restrict__ grad, T* __restrict__ exp_avg_grad, T* __restrict__ exp_avg,
-             T* __restrict__ exp_avg_sq, int64_t n, const Constants<T> c) {
+             T* __restrict__ exp_avg_sq, Before<T>& __restrict__ before, int64_t n,
+             const Constants<T> c) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
         T g = grad[i];
         if constexpr (CORRECT) {
-            const T difference = g - exp_avg_grad[i];
-            exp_avg_grad[i] = exp_avg_grad[i] + difference * c.rate1;
+            const T s = exp_avg_grad[i];
+            if constexpr (!NARROW) before.exp_avg_grad[i] = s;
+            const T difference = g - s;
+            exp_avg_grad[i] = s + difference * c.rate1;
             g = g + difference * c.exploration;
         }
-        exp_avg[i] = exp_avg[i] + (g - exp_avg[i]) * c.rate2;
-        exp_avg_sq[i] = exp_avg_sq[i] * c.beta3 + g * g * c.rate3;
+        const T m = exp_avg[i], v = exp_avg_sq[i];
+        if constexpr (!NARROW) before.exp_avg[i] = m;
+        before.exp_avg_sq[i] = v;
+        exp_avg[i] = m + (g - m) * c.rate2;
+        exp_avg_sq[i] = v * c.beta3 + g * g * c.rate3;
     }
 }
 
@@ -157,21 +172,31 @@ struct Sums {
     double weight = 0, update = 0;
 };
 
-// Leaves r in `updates`, too, where KEEP.
+// Σθ² and Σr² of a chunk; Σr² is NaN where a θ, r or v is not finite and `guard` is set. An s or m
+// that is not shows in r, but where v is infinite r may be m / ∞ = 0. Leaves r in `updates`, too,
+// where KEEP.
 template <bool KEEP, class T>
-void add_squares(const T* __restrict__ param, const T* __restrict__ exp_avg,
-                 const T* __restrict__ exp_avg_sq, T* __restrict__ updates, int64_t n,
-                 const Constants<T> c, Sums& sums) {
+Sums sums_of_squares(const T* __restrict__ param, const T* __restrict__ exp_avg,
+                     const T* __restrict__ exp_avg_sq, T* __restrict__ updates, int64_t n,
+                     const Constants<T> c) {
+    using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
     double weight = 0, change = 0;
-#pragma omp simd reduction(+ : weight, change)
+    Bits top = 0;  // v >= 0 are in the order of their bits, infinity and NaN last
+#pragma omp simd reduction(+ : weight, change) reduction(max : top)
     for (int64_t i = 0; i < n; ++i) {
         const T p = param[i], r = update(p, exp_avg[i], exp_avg_sq[i], c);
         if constexpr (KEEP) updates[i] = r;
         weight += double(p) * double(p);
         change += double(r) * double(r);
+        Bits bits;
+        std::memcpy(&bits, &exp_avg_sq[i], sizeof bits);
+        top = bits > top ? bits : top;
     }
-    sums.weight += weight;
-    sums.update += change;
+    const T infinity = std::numeric_limits<T>::infinity();
+    Bits bits_of_infinity;
+    std::memcpy(&bits_of_infinity, &infinity, sizeof infinity);
+    const bool finite = top < bits_of_infinity && std::isfinite(weight + change);
+    return {weight, finite || !c.guard ? change : std::numeric_limits<double>::quiet_NaN()};
 }
 
 template <class T>
@@ -218,7 +243,9 @@ struct Block {
 
     template <bool CORRECT>
     Sums update_states(const Constants<T>& c, T* updates) const {
+        constexpr bool NARROW = std::is_same_v<S, bf16>;
         Window<T> params, grads, averages_of_grad, averages;
+        Before<T> before;
         Sums sums;
         for (int64_t i = 0; i < length; i += CHUNK) {
             const int64_t n = std::min(CHUNK, length - i);
@@ -226,21 +253,30 @@ struct Block {
             const T* const g = grads.open(grad + i, n);
             T* const s = CORRECT ? averages_of_grad.open(exp_avg_grad + i, n) : nullptr;
             T* const m = averages.open(exp_avg + i, n);
-            advance<CORRECT>(g, s, m, exp_avg_sq + i, n, c);
-            if constexpr (std::is_same_v<S, bf16>)
+            T* const v = exp_avg_sq + i;
+            advance<CORRECT, NARROW>(g, s, m, v, before, n, c);
+            if constexpr (NARROW)
                 round_stochastically<CORRECT>(s, m, n, start + uint32_t(i), c.rounding_key);
+            const Sums chunk = updates ? sums_of_squares<true>(p, m, v, updates + i, n, c)
+                                       : sums_of_squares<false>(p, m, v, updates, n, c);
+            sums.weight += chunk.weight;
+            sums.update += chunk.update;
+            if (c.guard && std::isnan(chunk.update)) {
+                std::copy_n(before.exp_avg_sq, n, v);
+                if constexpr (NARROW) continue;
+                if constexpr (CORRECT) std::copy_n(before.exp_avg_grad, n, s);
+                std::copy_n(before.exp_avg, n, m);
+            }
             if constexpr (CORRECT) averages_of_grad.close(exp_avg_grad + i, n);
             averages.close(exp_avg + i, n);
-            if (updates)
-                add_squares<true>(p, m, exp_avg_sq + i, updates + i, n, c, sums);
-            else
-                add_squares<false>(p, m, exp_avg_sq + i, updates, n, c, sums);
         }
         return sums;
     }
 
     // Pass 2; takes r from `updates` unless that is null.
+    // A step size of 0 leaves weights alone, also where r is not finite.
     void apply_update(const Constants<T>& c, const T step_size, const T* updates) const {
+        if (step_size == 0) return;
         Window<T> params, averages;
         for (int64_t i = 0; i < length; i += CHUNK) {
             const int64_t n = std::min(CHUNK, length - i);
@@ -255,15 +291,21 @@ struct Block {
     }
 };
 
-// trust_ratio.py's trust_ratios()
-double trust_ratio(const Sums& sums, const Scalars& s) {
-    if (!s.scaled) return 1;
-    const double phi = std::sqrt(sums.weight) + s.eps3;
-    const double update_norm = std::sqrt(sums.update);
-    const bool zero = sums.weight == 0 || sums.update == 0;
-    const double ratio = zero ? 1 : phi / (update_norm + s.eps2 * phi);
-    // In this order of arguments a NaN stays one.
-    return std::min(std::max(ratio, s.clip_low), s.clip_high);
+// trust_ratio.py's trust_ratios() and mend().
+double step_size(const Sums& sums, const Scalars& s) {
+    const double weight_norm = std::sqrt(sums.weight), update_norm = std::sqrt(sums.update);
+    double ratio = 1;
+    if (s.scaled) {
+        const double phi = weight_norm + s.eps3;
+        const bool zero = sums.weight == 0 || sums.update == 0;
+        ratio = zero ? 1 : phi / (update_norm + s.eps2 * phi);
+        // In this order of arguments a NaN stays one.
+        ratio = std::min(std::max(ratio, s.clip_low), s.clip_high);
+    }
+    const double size = s.lr * ratio;
+    if (!std::isfinite(s.largest)) return size;
+    // Written so that a NaN gives 0, too.
+    return size <= s.largest && weight_norm + size * update_norm <= s.largest ? size : 0;
 }
 
 int64_t blocks_of(const Fragment& f) { return (f.length + BLOCK - 1) / BLOCK; }
@@ -338,7 +380,7 @@ void update_states(const Tensors* tensors, const Fragment* first, const Fragment
                 }
                 sums[2 * f->layer] += total.weight;
                 sums[2 * f->layer + 1] += total.update;
-                step_sizes[f - begin] = scalars.lr * trust_ratio(total, scalars);
+                step_sizes[f - begin] = step_size(total, scalars);
             }
         }
         for_my_blocks(begin, end, true, [&](auto& f, int64_t at, int64_t, int64_t to_come) {

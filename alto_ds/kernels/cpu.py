@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import math
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alto_ds.kernels.types import Batch, Hyperparameters
+from alto_ds.kernels.types import Batch, Hyperparameters, largest_weight
 
 # Dtypes of parameters, of s and m, and of v; the values are those of `Types` in cpu.cpp.
 _FLOAT, _BF16, _DOUBLE = torch.float32, torch.bfloat16, torch.float64
@@ -54,6 +56,7 @@ class _Scalars(ctypes.Structure):
             for name in (
                 *("exploration", "rate1", "rate2", "beta3", "rate3", "scale2", "scale3"),
                 *("eps1", "weight_decay", "lr", "scaled", "eps2", "eps3", "clip_low", "clip_high"),
+                "largest",
             )
         ),
         ("rounding_key", ctypes.c_int64),
@@ -96,13 +99,13 @@ def _call(function: str, batch: Batch, hyper: Hyperparameters, of_layers: Tensor
         ctypes.c_void_p(addresses.data_ptr()),
         ctypes.c_void_p(rows.data_ptr()),
         ctypes.c_int64(len(rows)),
-        ctypes.byref(_scalars(hyper)),
+        ctypes.byref(_scalars(batch, hyper)),
         ctypes.c_void_p(of_layers.data_ptr()),
         ctypes.c_int64(torch.get_num_threads()),
     )
 
 
-def _scalars(hyper: Hyperparameters) -> _Scalars:
+def _scalars(batch: Batch, hyper: Hyperparameters) -> _Scalars:
     eps1, eps2, eps3 = hyper.eps
     low, high = hyper.trust_clip or (0.0, math.inf)
     return _Scalars(
@@ -121,6 +124,7 @@ def _scalars(hyper: Hyperparameters) -> _Scalars:
         eps3=eps3,
         clip_low=low,
         clip_high=high,
+        largest=largest_weight(batch.params[0].dtype) if hyper.guard else math.inf,
         rounding_key=hyper.rounding_key,
     )
 
@@ -141,16 +145,12 @@ def _library() -> ctypes.CDLL | None:
     capability = torch.backends.cpu.get_cpu_capability()
     flags = _FLAGS + _FLAGS_OF_CAPABILITY.get(capability, [])
     code = hashlib.sha256(" ".join([*flags, _SOURCE.read_text()]).encode()).hexdigest()[:12]
+    name = f"alto_ds_cpu_{capability.lower().replace(' ', '_')}_{code}"
     try:
-        with _ninja_on_path():
-            path = cpp_extension.load(
-                name=f"alto_ds_cpu_{capability.lower().replace(' ', '_')}_{code}",
-                sources=[str(_SOURCE)],
-                extra_cflags=flags,
-                extra_ldflags=_LINKER_FLAGS,
-                is_python_module=False,
-            )
-        return ctypes.CDLL(path)
+        library = Path(cpp_extension._get_build_directory(name, verbose=False), f"{name}.so")
+        if not library.exists():
+            _compile(library, flags)
+        return ctypes.CDLL(str(library))
     except (RuntimeError, OSError) as error:
         reason = f"{error!r}" if not str(error).strip() else str(error).strip().splitlines()[0]
         _warn(
@@ -159,6 +159,29 @@ def _library() -> ctypes.CDLL | None:
             "be a folder that can be written.",
         )
         return None
+
+
+def _compile(library: Path, flags: list[str]) -> None:
+    """Compile the kernel, unless another process of this host does it meanwhile."""
+    from torch.utils import cpp_extension
+
+    with open(library.with_suffix(".lock"), "w") as file:
+        with contextlib.suppress(OSError):  # not every file system has it; then all compile
+            fcntl.flock(file, fcntl.LOCK_EX)  # a process that is killed holds it no longer
+        if library.exists():
+            return
+        # In a folder that nobody else knows: where cpp_extension finds the lock file of a process
+        # that was killed, it waits for ever.
+        with tempfile.TemporaryDirectory(dir=library.parent) as build, _ninja_on_path():
+            built = cpp_extension.load(
+                name=library.stem,
+                sources=[str(_SOURCE)],
+                extra_cflags=flags,
+                extra_ldflags=_LINKER_FLAGS,
+                build_directory=build,
+                is_python_module=False,
+            )
+            os.replace(built, library)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ another order, and PyTorch's own square root on CPUs is not always rounded corre
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,47 +24,57 @@ _32_BITS = 0xFFFFFFFF
 
 def update_states(batch: Batch, hyper: Hyperparameters, sums: Tensor) -> None:
     """Pass 1; see :class:`alto_ds.kernels.types.Kernel`."""
+    averages = [batch.exp_avg_grads] if hyper.alpha else []
+    columns = [batch.params, batch.grads, *averages, batch.exp_avgs, batch.exp_avg_sqs]
     for f in batch.fragments.fragments():
         part = slice(f.offset, f.offset + f.length)
-        _advance(batch, f.tensor, part, f.start, hyper)
-        param, exp_avg, exp_avg_sq = _views(batch, f.tensor, part)
-        sums[f.layer] += torch.stack(
-            [
-                _sum_of_squares(param, sums.dtype),
-                _sum_of_squares(_update(param, exp_avg, exp_avg_sq, hyper), sums.dtype),
-            ]
+        param, grad, *states = (_part(column[f.tensor], part) for column in columns)
+        dtype = states[-1].dtype
+        new = _advanced(grad.to(dtype), states, f.start, hyper)
+        update = _update(param.to(dtype), new[-2], new[-1], hyper)
+        squares = torch.stack(
+            [_sum_of_squares(x, sums.dtype) for x in (param.to(dtype), update)],
         )
+        if hyper.guard:
+            # v is looked at, too: where it alone is infinite, r is m / ∞ = 0.
+            fine = squares.isfinite().all() & new[-1].isfinite().all()
+            squares = squares.where(fine, torch.nan)
+            new = [x.where(fine, old.to(dtype)) for x, old in zip(new, states, strict=True)]
+        sums[f.layer] += squares
+        for state, value in zip(states, new, strict=True):
+            state.copy_(value)
 
 
 def apply_update(batch: Batch, hyper: Hyperparameters, step_sizes: Tensor) -> None:
     """Pass 2; see :class:`alto_ds.kernels.types.Kernel`."""
     for f in batch.fragments.fragments():
         part = slice(f.offset, f.offset + f.length)
-        update = _update(*_views(batch, f.tensor, part), hyper)
-        _part(batch.params[f.tensor], part).sub_(update.mul_(step_sizes[f.layer]))
+        param = _part(batch.params[f.tensor], part)
+        exp_avg_sq = _part(batch.exp_avg_sqs[f.tensor], part)
+        exp_avg = _part(batch.exp_avgs[f.tensor], part).to(exp_avg_sq.dtype)
+        update = _update(param.to(exp_avg_sq.dtype), exp_avg, exp_avg_sq, hyper)
+        size = step_sizes[f.layer]
+        param.sub_(update.mul_(size).where(size != 0, 0))
 
 
-def _advance(batch: Batch, tensor: int, part: slice, start: int, hyper: Hyperparameters) -> None:
-    exp_avg_sq = _part(batch.exp_avg_sqs[tensor], part)
+def _advanced(
+    grad: Tensor, states: Sequence[Tensor], start: int, hyper: Hyperparameters
+) -> list[Tensor]:
+    """The next s, unless α is 0, m and v, of v's dtype; rounded where the states are bfloat16."""
+    *exp_avg_grads, exp_avg, exp_avg_sq = states
     dtype = exp_avg_sq.dtype
-    grad = _part(batch.grads[tensor], part).to(dtype)
-    exp_avg_grad = None
-    if hyper.alpha:
-        exp_avg_grad = _part(batch.exp_avg_grads[tensor], part).to(dtype, copy=True)
-        difference = grad - exp_avg_grad
-        exp_avg_grad += difference * (1 - hyper.beta1)
+    next_s = None
+    if exp_avg_grads:
+        s = exp_avg_grads[0].to(dtype)
+        difference = grad - s
+        next_s = s + difference * (1 - hyper.beta1)
         grad = grad + difference * (hyper.alpha * (1 - hyper.beta1))
-    exp_avg = _part(batch.exp_avgs[tensor], part).to(dtype, copy=True)
-    exp_avg += (grad - exp_avg) * (1 - hyper.beta2)
-    exp_avg_sq.mul_(hyper.beta3).add_((grad * grad).mul_(1 - hyper.beta3))
-
-    if batch.exp_avgs[tensor].dtype == torch.bfloat16:
-        exp_avg_grad, exp_avg = round_stochastically(
-            exp_avg_grad, exp_avg, start, hyper.rounding_key
-        )
-    if exp_avg_grad is not None:
-        _part(batch.exp_avg_grads[tensor], part).copy_(exp_avg_grad)
-    _part(batch.exp_avgs[tensor], part).copy_(exp_avg)
+    m = exp_avg.to(dtype)
+    m = m + (grad - m) * (1 - hyper.beta2)
+    v = (exp_avg_sq * hyper.beta3).add_((grad * grad).mul_(1 - hyper.beta3))
+    if exp_avg.dtype == torch.bfloat16:
+        next_s, m = round_stochastically(next_s, m, start, hyper.rounding_key)
+    return [x.to(dtype) for x in (next_s, m, v) if x is not None]
 
 
 def round_stochastically(
@@ -103,14 +115,6 @@ def _update(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Hyperpara
     denominator = (exp_avg_sq * (1 / hyper.bias_correction3)).sqrt_().add_(hyper.eps[0])
     update = (exp_avg * (1 / hyper.bias_correction2)).div_(denominator)
     return update.add_(param * hyper.weight_decay)
-
-
-def _views(batch: Batch, tensor: int, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """θ, m and v in the dtype of the arithmetic."""
-    exp_avg_sq = _part(batch.exp_avg_sqs[tensor], part)
-    dtype = exp_avg_sq.dtype
-    param, exp_avg = (_part(x[tensor], part).to(dtype) for x in (batch.params, batch.exp_avgs))
-    return param, exp_avg, exp_avg_sq
 
 
 def _part(tensor: Tensor, part: slice) -> Tensor:

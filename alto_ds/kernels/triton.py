@@ -28,6 +28,8 @@ _LENGTH = tl.constexpr(FragmentTable.COLUMNS.index("length"))
 _START = tl.constexpr(FragmentTable.COLUMNS.index("start"))
 _LAYER = tl.constexpr(FragmentTable.COLUMNS.index("layer"))
 
+_INFINITY = tl.constexpr(float("inf"))
+
 # Not specialised on the values of numbers that differ from step to step: that would compile anew.
 _VARYING = ["rounding_key", "rate1", "exploration", "scale2", "scale3"]
 
@@ -61,6 +63,7 @@ def update_states(batch: Batch, hyper: Hyperparameters, sums: Tensor) -> None:
             **_common(batch, hyper),
             GRAD=_TYPE_OF[batch.grads[0].dtype],
             CORRECT=hyper.alpha != 0,
+            GUARD=hyper.guard,
             enable_fp_fusion=False,
         )
         _add_blocks[(len(table["fragments"]),)](
@@ -170,14 +173,16 @@ def _update_states(
     GRAD: tl.constexpr,
     STATE: tl.constexpr,
     CORRECT: tl.constexpr,
+    GUARD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0)
     fragment = fragments + _COLUMNS * tl.load(blocks + 2 * block)
     begin = tl.load(blocks + 2 * block + 1)
     tensor = tl.load(fragment + _TENSOR)
+    length = tl.load(fragment + _LENGTH)
     place = begin + tl.arange(0, BLOCK)
-    mask = place < tl.load(fragment + _LENGTH)
+    mask = place < length
     at = tl.load(fragment + _OFFSET) + place
 
     param = tl.load(_pointer(addresses, tensor, 0, PARAM) + at, mask, 0.0).to(tl.float32)
@@ -196,6 +201,8 @@ def _update_states(
         grad = grad + difference * exploration
     exp_avg = exp_avg + (grad - exp_avg) * rate2
     exp_avg_sq = exp_avg_sq * beta3 + grad * grad * rate3
+    # Before rounding, which may make a number of a NaN.
+    fine = (exp_avg_sq < _INFINITY) & (tl.abs(exp_avg) < _INFINITY)
 
     if tl.bfloat16 == STATE:  # round_stochastically() in reference.py
         s_bits, m_bits = _bits(exp_avg_grad), _bits(exp_avg)
@@ -207,15 +214,21 @@ def _update_states(
         exp_avg_grad = _cut(s_bits + (x >> 16))
         exp_avg = _cut(m_bits + (x & 0xFFFF))
 
+    update = _update(param, exp_avg, exp_avg_sq, scale2, scale3, eps, weight_decay)
+    weight, change = param.to(tl.float64), tl.where(mask, update, 0.0).to(tl.float64)
+    weights, changes = tl.sum(weight * weight), tl.sum(change * change)
+    if GUARD:
+        bad = tl.where(mask & ~(fine & (tl.abs(update) < _INFINITY)), 1, 0)
+        kept = tl.max(bad) > 0
+        changes = tl.where(kept, float("nan"), changes)
+        mask = place < tl.where(kept, 0, length)
+    tl.store(partial_sums + 2 * block, weights)
+    tl.store(partial_sums + 2 * block + 1, changes)
+
     if CORRECT:
         tl.store(exp_avg_grads, exp_avg_grad.to(STATE), mask)
     tl.store(exp_avgs, exp_avg.to(STATE), mask)
     tl.store(exp_avg_sqs, exp_avg_sq, mask)
-
-    update = _update(param, exp_avg, exp_avg_sq, scale2, scale3, eps, weight_decay)
-    weight, change = param.to(tl.float64), tl.where(mask, update, 0.0).to(tl.float64)
-    tl.store(partial_sums + 2 * block, tl.sum(weight * weight))
-    tl.store(partial_sums + 2 * block + 1, tl.sum(change * change))
 
 
 @triton.jit
@@ -253,9 +266,9 @@ def _apply_update(
     fragment = fragments + _COLUMNS * tl.load(blocks + 2 * block)
     tensor = tl.load(fragment + _TENSOR)
     place = tl.load(blocks + 2 * block + 1) + tl.arange(0, BLOCK)
-    mask = place < tl.load(fragment + _LENGTH)
-    at = tl.load(fragment + _OFFSET) + place
     step_size = tl.load(step_sizes + tl.load(fragment + _LAYER)).to(tl.float32)
+    mask = place < tl.where(step_size == 0, 0, tl.load(fragment + _LENGTH))
+    at = tl.load(fragment + _OFFSET) + place
 
     params = _pointer(addresses, tensor, 0, PARAM) + at
     param = tl.load(params, mask, 0.0).to(tl.float32)

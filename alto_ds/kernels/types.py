@@ -15,12 +15,12 @@ class Hyperparameters(NamedTuple):
     """The scalars of one step, the same for all elements of a batch.
 
     Attributes:
+        step: k, its number, counted from 1; for messages.
         alpha: α, weight of the exploration average; 0 is LAMB.
         beta1: β1, decay of ``exp_avg_grad``.
         beta2: β2, decay of ``exp_avg``.
         beta3: β3, decay of ``exp_avg_sq``.
-        bias_correction2: ``1 − β2^k`` with k the number of this step, counted from 1; 1 without
-            bias correction.
+        bias_correction2: ``1 − β2^k``; 1 without bias correction.
         bias_correction3: ``1 − β3^k``, likewise.
         eps: (ε1, ε2, ε3); ε1 is added to the square root, the others are the trust ratio's.
         weight_decay: λ.
@@ -28,8 +28,10 @@ class Hyperparameters(NamedTuple):
         scaled: whether the update is scaled by the trust ratio.
         trust_clip: lowest and highest trust ratio, or None.
         rounding_key: 32 bits that choose the random numbers of stochastic rounding.
+        guard: whether what is not finite is kept out of weights and states.
     """
 
+    step: int
     alpha: float
     beta1: float
     beta2: float
@@ -42,6 +44,12 @@ class Hyperparameters(NamedTuple):
     scaled: bool
     trust_clip: tuple[float, float] | None
     rounding_key: int
+    guard: bool
+
+
+def largest_weight(dtype: torch.dtype) -> float:
+    """What a weight may become under the guard: float32 may be rounded to bfloat16 later."""
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.bfloat16).max
 
 
 class Batch(NamedTuple):
@@ -107,6 +115,9 @@ class Kernel(Protocol):
 
         A kernel may update at once the weights of fragments that are whole layers.
 
+        Under the guard a block of elements, of the kernel's own size, whose new states or r would
+        not all be finite keeps its states, and the sums of its layer become NaN or infinite.
+
         Args:
             batch: what to work on.
             hyper: the scalars of this step.
@@ -116,8 +127,11 @@ class Kernel(Protocol):
     def apply_update(self, batch: Batch, hyper: Hyperparameters, step_sizes: Tensor) -> None:
         """Pass 2: ``θ ← θ − step_size · r``, with r computed again from θ and the states.
 
+        A step size of 0 leaves weights alone, also where r is not finite.
+
         Args:
             batch: as in pass 1.
             hyper: as in pass 1.
-            step_sizes: ``[layers]``, of the dtype of the sums: learning rate times trust ratio.
+            step_sizes: ``[layers]``, of the dtype of the sums: learning rate times trust ratio,
+                and under the guard 0 for layers that would not be finite.
         """

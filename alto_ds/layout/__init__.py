@@ -15,6 +15,7 @@ import torch
 
 from alto_ds.layout import dtensor, tensor_parallel, whole, zero
 from alto_ds.layout.dtensor import is_dtensor, local, local_grad
+from alto_ds.layout.own import OwnParameters
 from alto_ds.layout.types import Fragment, Framework, Layer, Layout, Names
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "Framework",
     "Layer",
     "Layout",
+    "Names",
+    "OwnParameters",
     "is_dtensor",
     "local",
     "local_grad",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alto_ds.pretrain.data.sequences import Sequences
 from alto_ds.pretrain.exits import ExitStatus
-from alto_ds.pretrain.metrics import Metrics, perplexity, trust_ratio_metrics
+from alto_ds.pretrain.metrics import Metrics, alto_of, perplexity, trust_ratio_metrics
 from alto_ds.pretrain.nonfinite import SkippedSteps, check_loss, check_weights
 from alto_ds.pretrain.settings import Settings
 from alto_ds.pretrain.signals import Interruption, drop_lost_output
@@ -92,6 +92,9 @@ def train(
         last = step == settings.steps
         saves = bool(stop or due_minutes or last or step % settings.run.save_interval == 0)
         if saves:
+            optimizer = alto_of(engine)
+            if optimizer is not None:
+                optimizer.raise_nonfinite()  # which on GPUs would be said only by the next step
             check_weights(engine.module, step)
         if step == settings.warmup_steps or step % settings.run.eval_interval == 0 or last:
             loss_held_out = evaluate(engine, data.validation)

@@ -11,6 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from alto_ds import ALTO
+
 
 class Metrics:
     """Written by rank 0; on other ranks every method does nothing.
@@ -104,6 +106,14 @@ class Metrics:
         pyplot.close(figure)
 
 
+def alto_of(engine: Any) -> ALTO | None:
+    """The ALTO inside the engine's wrappers; None where another optimizer trains."""
+    optimizer = engine.optimizer
+    while optimizer is not None and not isinstance(optimizer, ALTO):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
 def trust_ratio_metrics(engine: Any) -> dict[str, float]:
     """How the latest step scaled the layers: the smallest, median and largest trust ratio.
 
@@ -116,11 +126,9 @@ def trust_ratio_metrics(engine: Any) -> dict[str, float]:
         The number of scaled layers in ``layers_scaled``, and the three over them where there are
         any; all NaN where a layer's is. Nothing where the optimizer has no trust ratios.
     """
-    optimizer = engine.optimizer
-    while not hasattr(optimizer, "trust_ratios"):
-        if not hasattr(optimizer, "optimizer"):
-            return {}
-        optimizer = optimizer.optimizer
+    optimizer = alto_of(engine)
+    if optimizer is None:
+        return {}
     layers = optimizer.trust_ratios(engine.module.named_parameters()).values()
     ratios = [layer.ratio for layer in layers if layer.scaled]
     if not ratios:

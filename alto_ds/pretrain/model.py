@@ -46,11 +46,15 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     Beside decayed layers ALTO scales none that are not decayed: the authors' rule. Where the JSON
     says ``"weight_decay": 0`` no layer is decayed, and ALTO then scales all, with a warning.
     """
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    decayed: dict[str, nn.Parameter] = {}
+    others: dict[str, nn.Parameter] = {}
     for name, param in model.named_parameters():
-        (others if name.endswith(".bias") or ".ln_" in name else decayed).append(param)
-    return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        (others if name.endswith(".bias") or ".ln_" in name else decayed)[name] = param
+    # DeepSpeed takes no named parameters; ALTO says these names in its messages.
+    return [
+        {"params": list(decayed.values()), "param_names": list(decayed)},
+        {"params": list(others.values()), "param_names": list(others), "weight_decay": 0.0},
+    ]
 
 
 def save_model(engine: Any, tokenizer: Any, folder: Path) -> None:

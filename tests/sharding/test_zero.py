@@ -125,7 +125,7 @@ def test_gradient_accumulation_and_number_of_ranks_do_not_matter(stage: int) -> 
 
 
 @pytest.mark.parametrize(("world_size", "name"), rows(is_alto))
-def test_one_all_reduce_of_16_bytes_a_layer_for_each_call_of_step(
+def test_one_all_reduce_of_16_bytes_a_layer_and_16_more_for_each_call_of_step(
     world_size: int, name: str
 ) -> None:
     """Counted by a stand-in for torch.distributed.all_reduce; none where nothing is sharded."""
@@ -138,7 +138,7 @@ def test_one_all_reduce_of_16_bytes_a_layer_for_each_call_of_step(
             continue
         assert all(len(sizes) == 1 for sizes in calls)
         layers = len(rank["right_ratios"])
-        assert sum(size for (size,) in calls) == 16 * layers * STEPS
+        assert sum(size for (size,) in calls) == 16 * (layers * STEPS + len(calls))
 
 
 @pytest.mark.parametrize(
