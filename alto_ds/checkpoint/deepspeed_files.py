@@ -6,7 +6,7 @@ DeepSpeed does both by the engine's ``checkpoint_engine``. The two classes here 
 from __future__ import annotations
 
 import contextlib
-import pickle
+import copyreg
 import traceback
 import zipfile
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from deepspeed.checkpoint.universal_checkpoint import SubparamShape
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -24,7 +25,14 @@ from alto_ds.checkpoint.ranks import CheckpointError
 
 # The classes in DeepSpeed's files besides what torch.load(weights_only=True) knows. They are plain
 # data: unpickling sets attributes and calls nothing.
-SAFE = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+SAFE = [DynamicLossScaler, LossScaler, SubparamShape, ZeroStageEnum, fragment_address]
+
+# Python before 3.11.4 pickles a member of an enumeration as a call of getattr(), which no safe
+# loader allows; this is what later versions write.
+copyreg.pickle(ZeroStageEnum, lambda member: (ZeroStageEnum, (member.value,)))
+
+# What DeepSpeed calls its files: of each rank's part of the optimizer, and of all the rest.
+OPTIMIZER_FILES, MODEL_FILES = "*_optim_states.pt", "*_model_states.pt"
 
 
 def check_engine(engine: Any) -> None:
@@ -106,6 +114,19 @@ class SafeReader:
         return getattr(self._reader, name)
 
 
+def read(path: Path) -> Any:
+    """Read a file of ``torch.save`` that executes nothing; tensors are read when they are used.
+
+    Raises:
+        CheckpointError: the file is broken, or names what :class:`SafeReader` refuses.
+    """
+    problem = problem_of_pickle(path)
+    if problem is not None:
+        raise CheckpointError(problem)
+    with torch.serialization.safe_globals(SAFE):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
 @contextlib.contextmanager
 def standing_in(engine: Any, other: Any) -> Iterator[None]:
     """Let the engine write and read by ``other``."""
@@ -129,8 +150,8 @@ def problem_of_pickle(path: Path) -> str | None:
     """Why a file of ``torch.save`` will not be loaded; None where it will."""
     try:
         names = unsafe_names(path)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        return f"{path.name} cannot be read: {str(error).splitlines()[0]}"
+    except Exception as error:  # wrong bytes make the parsers raise anything
+        return f"{path.name} cannot be read: {_first_line(error)}"
     if names:
         return (
             f"{path.name} would run {', '.join(names)} when it is loaded; if you trust it, allow "
@@ -144,9 +165,13 @@ def problem_of_archive(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
-        return f"{path.name} cannot be read: {error}"
+    except Exception as error:  # wrong bytes make the parsers raise anything
+        return f"{path.name} cannot be read: {_first_line(error)}"
     return None if bad is None else f"{path.name} is broken at {bad}"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def missing(engine: Any, folder: Path, tag: str) -> str | None:

@@ -1,8 +1,9 @@
-"""How do all ranks learn that one of them could not read or write?"""
+"""How do all ranks learn that one of them has failed at work of its own, such as on files?"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -17,24 +18,42 @@ class CheckpointError(RuntimeError):
 class Ranks:
     """All ranks, to work on files together. All ranks must make it and call its methods together.
 
-    They talk in a gloo group of their own, for files are the CPU's work and may take longer than
-    a collective of training. A rank that is lost ends the others after PyTorch's default for
-    gloo, 30 minutes, or at once where its connections close.
+    They talk in the group of all ranks, which needs nobody any more who helped to make it, such as
+    a launcher. A rank that is lost ends the others: at once where its connections close, otherwise
+    after the timeout that ``torch.distributed`` was initialized with.
+
+    Args:
+        raises: what is raised on all ranks where one has failed.
+        catches: the errors of one rank's work that all others learn of. Any other is not passed
+            on: its rank ends, and the others see a lost rank.
+        patience: how long the work may take; by default as long as a collective. Otherwise they
+            talk in a gloo group of their own.
 
     Attributes:
         number: rank of this process.
         count: number of ranks.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        raises: type[Exception] = CheckpointError,
+        catches: tuple[type[Exception], ...] = (OSError, CheckpointError),
+        patience: timedelta | None = None,
+    ) -> None:
         self.number, self.count = dist.get_rank(), dist.get_world_size()
-        self._group = dist.new_group(backend="gloo")
+        self._raises, self._catches = raises, catches
+        self._group: Any = None
+        if patience is not None:
+            # Its own timeout comes later: a rank that never joins it is lost, not busy.
+            self._group = dist.new_group(backend="gloo")
+            dist.distributed_c10d._set_pg_timeout(patience, self._group)
 
     def __enter__(self) -> Ranks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        dist.destroy_process_group(self._group)
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
 
     def gather(self, value: T) -> list[T]:
         """The value of each rank, on all ranks."""
@@ -42,27 +61,26 @@ class Ranks:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def together(self, work: Callable[[], T]) -> list[T]:
-        """Let each rank work; what each returned, on all ranks.
+    def each(self, work: Callable[[], T]) -> T:
+        """Let each rank work; what this rank's work returned, once all have finished theirs.
 
         Raises:
-            CheckpointError: on all ranks, with the message of the first rank whose work raised
-                an OSError or a CheckpointError. Other errors are those of a lost rank.
+            Exception: ``raises``, on all ranks, with the message of the first rank whose work
+                raised one of ``catches``.
         """
-        result, error = None, None
         try:
-            result = work()
-        except (OSError, CheckpointError) as exception:
-            error = exception
-        for rank, (message, _) in enumerate(found := self.gather((error and f"{error}", result))):
-            if message:
-                raise CheckpointError(f"rank {rank}: {message}") from error
-        return [value for _, value in found]  # type: ignore[misc]
+            result, error = work(), None
+        except self._catches as exception:
+            result, error = None, exception
+        for rank, message in enumerate(self.gather(None if error is None else f"{error}")):
+            if message is not None:
+                raise self._raises(f"rank {rank}: {message}") from error
+        return result  # type: ignore[return-value]  # None only where it has failed
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Let each rank work; what each returned, on all ranks. Raises as :meth:`each`."""
+        return self.gather(self.each(work))
 
     def first(self, work: Callable[[], T]) -> T:
-        """Let rank 0 work; what it returned, on all ranks.
-
-        Raises:
-            CheckpointError: on all ranks, where it raised an OSError or a CheckpointError.
-        """
+        """Let rank 0 work; what it returned, on all ranks. Raises as :meth:`each`."""
         return self.together(lambda: work() if self.number == 0 else None)[0]  # type: ignore[return-value]

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from alto_ds.checkpoint import manifest as manifests
+from alto_ds.checkpoint.converting import convert
 from alto_ds.checkpoint.deepspeed_files import (
+    MODEL_FILES,
     SafeReader,
     check_engine,
     missing,
-    problem_of_archive,
-    problem_of_pickle,
+    read,
     standing_in,
 )
 from alto_ds.checkpoint.folders import LATEST, latest_in, newest_first
-from alto_ds.checkpoint.manifest import BrokenManifestError, Manifest, problem_of
+from alto_ds.checkpoint.loading import load_universal
 from alto_ds.checkpoint.ranks import CheckpointError, Ranks
+from alto_ds.checkpoint.saving import REMOVING
+from alto_ds.checkpoint.shape import Shape, shape_of_engine, shape_of_files
+from alto_ds.checkpoint.verifying import first_of, manifest_of, problem_on_ranks
+
+CONVERSION_TIMEOUT = timedelta(hours=24)  # of a large model, by one process
 
 
 class Resumed(NamedTuple):
@@ -39,8 +48,11 @@ def exist(folder: Path) -> bool:
     return bool(newest_first(folder)) or latest_in(folder) is not None
 
 
-def resume(engine: Any, folder: Path) -> Resumed | None:
+def resume(engine: Any, folder: Path, fresh_states: bool = False) -> Resumed | None:
     """Load the newest whole checkpoint into the engine. All ranks must call this together.
+
+    Where it was written for another number of ranks, ZeRO stage or precision, rank 0 converts it
+    and says so; see :func:`alto_ds.checkpoint.convert` for what cannot be converted.
 
     Every file is compared with the manifest first, shared among the ranks. Where one differs, all
     ranks go back to the checkpoint before; rank 0 says on stderr what was skipped and why. A
@@ -53,31 +65,43 @@ def resume(engine: Any, folder: Path) -> Resumed | None:
     Args:
         engine: DeepSpeed's engine, not yet stepped.
         folder: of the checkpoints; the ranks share it.
+        fresh_states: load weights, schedule and counters only, with the optimizer's states and
+            settings as they are in the engine; but load all from a checkpoint in whose
+            ``client_state`` "fresh_states" is true. So a run that saves that goes on with its new
+            states when the same command starts it again.
 
     Returns:
         What was loaded; None where the folder has no checkpoint at all.
 
     Raises:
-        CheckpointError: on all ranks, where there are checkpoints and none is whole.
+        CheckpointError: on all ranks, where there are checkpoints and none is whole, or it cannot
+            be converted.
     """
     check_engine(engine)
-    with Ranks() as ranks:
+    with Ranks(patience=CONVERSION_TIMEOUT) as ranks:
         names, latest = ranks.first(lambda: (newest_first(folder), latest_in(folder)))
         if not names and latest is None:
             return None
         tag, verified, skipped = _newest_whole(engine, ranks, folder, names)
-    _say([f"skipped {name}: {reason}" for name, reason in skipped.items()], ranks)
-    if tag is None:
-        broken = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
-        raise CheckpointError(
-            f"no checkpoint in {folder} can be loaded ({broken or f'{LATEST} names {latest!r}'}). "
-            "Bring one of them back, or remove that folder to start anew."
-        )
-    if not verified:
-        _say([f"{tag} has no {manifests.FILE}, so it could not be verified"], ranks)
-    if latest != tag:
-        _say([f"{LATEST} {f'names {latest}' if latest else 'is missing'}"], ranks)
-    _say([f"resuming from {folder / tag}"], ranks)
+        _say([f"skipped {name}: {reason}" for name, reason in skipped.items()], ranks)
+        if tag is None:
+            broken = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+            raise CheckpointError(
+                f"no checkpoint in {folder} can be loaded "
+                f"({broken or f'{LATEST} names {latest!r}'}). "
+                "Bring one of them back, or remove that folder to start anew."
+            )
+        if not verified:
+            _say([f"{tag} has no {manifests.FILE}, so it could not be verified"], ranks)
+        if latest != tag:
+            _say([f"{LATEST} {f'names {latest}' if latest else 'is missing'}"], ranks)
+        _say([f"resuming from {folder / tag}"], ranks)
+        fresh_states = fresh_states and not ranks.first(lambda: _is_fresh(folder / tag))
+        shape, own = ranks.first(lambda: _shape(folder / tag)), shape_of_engine(engine)
+        if shape is not None and (fresh_states or not shape.fits(own)):
+            states = "with new optimizer states" if fresh_states else "with all optimizer states"
+            _say([f"{tag} was written on {shape}; it is converted to {own}, {states}"], ranks)
+            return Resumed(tag, _convert(engine, ranks, folder, tag, not fresh_states), skipped)
     with standing_in(engine, SafeReader(engine.checkpoint_engine)):
         path, client_state = engine.load_checkpoint(str(folder), tag=tag)
     if path is None:
@@ -85,11 +109,42 @@ def resume(engine: Any, folder: Path) -> Resumed | None:
     return Resumed(tag, client_state, skipped)
 
 
+def _shape(checkpoint: Path) -> Shape | None:
+    """None where the files do not tell; then only DeepSpeed may know them."""
+    try:
+        return shape_of_files(checkpoint)
+    except CheckpointError:
+        return None
+
+
+def _is_fresh(checkpoint: Path) -> bool:
+    """Whether the run had new states when it saved."""
+    return bool(read(min(checkpoint.glob(MODEL_FILES))).get("fresh_states", False))
+
+
+def _convert(engine: Any, ranks: Ranks, folder: Path, tag: str, states: bool) -> dict[str, Any]:
+    """Load a checkpoint of another shape; what was converted is removed afterwards."""
+    converted = folder / f"{REMOVING}universal-{tag}"  # which the next save removes, too
+
+    def remove() -> None:
+        ranks.first(lambda: shutil.rmtree(converted, ignore_errors=True))
+
+    remove()
+    try:
+        ranks.first(lambda: convert(folder / tag, converted))
+        loaded = load_universal(engine, converted, states)
+    except CheckpointError:
+        remove()
+        raise
+    remove()
+    return loaded
+
+
 def _newest_whole(
     engine: Any, ranks: Ranks, folder: Path, names: list[str]
 ) -> tuple[str | None, bool, dict[str, str]]:
     """Its name, or None; whether it has a manifest; the newer ones and why they are not taken."""
-    found = ranks.first(lambda: {name: _manifest_of(folder / name) for name in names})
+    found = ranks.first(lambda: {name: manifest_of(folder / name) for name in names})
     unverified = [name for name in names if found[name] is None]
     skipped: dict[str, str] = {}
     for name in [*(name for name in names if name not in unverified), *unverified]:
@@ -98,7 +153,10 @@ def _newest_whole(
             problem: str | None = manifest
         else:
             problem = problem_on_ranks(ranks, folder / name, manifest)
-            problem = problem or _first(ranks.gather(missing(engine, folder, name)))
+        if problem is None:
+            shape = ranks.first(functools.partial(_shape, folder / name))
+            if shape is None or shape.fits(shape_of_engine(engine)):
+                problem = first_of(ranks.gather(missing(engine, folder, name)))
         if problem is None:
             newer = names[: names.index(name)]
             reason = f"it has no {manifests.FILE}, and {name} has been verified"
@@ -106,41 +164,6 @@ def _newest_whole(
             return name, manifest is not None, reasons
         skipped[name] = problem
     return None, False, skipped
-
-
-def _manifest_of(folder: Path) -> Manifest | str | None:
-    """The manifest of a checkpoint, why it is broken, or None where there is none."""
-    try:
-        return manifests.read(folder)
-    except BrokenManifestError as error:
-        return str(error)
-
-
-def problem_on_ranks(ranks: Ranks, folder: Path, manifest: Manifest | None) -> str | None:
-    """Why a checkpoint is not whole, the same on all ranks; they share its files.
-
-    Args:
-        ranks: all must call this together.
-        folder: of the checkpoint.
-        manifest: of the checkpoint; None where it has none. Then only what its archives say of
-            themselves is checked.
-    """
-    if manifest is None:
-        files = ranks.first(lambda: sorted(str(path) for path in folder.rglob("*.pt")))
-        problem = None if files else "it has no files"
-        for path in map(Path, files[ranks.number :: ranks.count]):
-            problem = problem or problem_of_archive(path) or problem_of_pickle(path)
-    else:
-        problem = None
-        for name in sorted(manifest)[ranks.number :: ranks.count]:
-            problem = problem or problem_of(folder / name, manifest[name])
-            if name.endswith(".pt"):
-                problem = problem or problem_of_pickle(folder / name)
-    return _first(ranks.gather(problem))
-
-
-def _first(problems: list[str | None]) -> str | None:
-    return next(filter(None, problems), None)
 
 
 def _say(lines: list[str], ranks: Ranks) -> None:

@@ -26,7 +26,7 @@ from alto_ds.checkpoint.manifest import (
     write_text,
 )
 from alto_ds.checkpoint.ranks import CheckpointError, Ranks
-from alto_ds.checkpoint.resuming import problem_on_ranks
+from alto_ds.checkpoint.verifying import problem_on_ranks
 
 WRITING, REMOVING = ".writing-", ".removing-"
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -121,7 +121,7 @@ def _make_way(ranks: Ranks, path: Path) -> None:
 
 def _prepare(folder: Path, unfinished: Path) -> None:
     """Remove what killed processes have left, and make the folder to write to."""
-    with _naming(folder):
+    with naming(folder):
         for prefix in (WRITING, REMOVING):
             for left in folder.glob(f"{prefix}*"):
                 shutil.rmtree(left)
@@ -143,23 +143,15 @@ def _write(engine: Any, unfinished: Path, client_state: dict[str, Any]) -> Manif
                 engine.optimizer.checkpoint_event_epilogue()
             dist.barrier()
     if recorder.error is not None:
-        with _naming(unfinished.parent):
+        with naming(unfinished.parent):
             raise recorder.error
     return recorder.entries
 
 
 def _publish(folder: Path, tag: str, unfinished: Path, written: list[Manifest]) -> None:
     """Complete what all ranks have written, and give it its name."""
-    with _naming(folder):
-        manifest = {name: entry for files in written for name, entry in files.items()}
-        for path in unfinished.rglob("*"):  # such as what DeepSpeed copies from NVMe
-            name = str(path.relative_to(unfinished))
-            if path.is_dir() or name not in manifest:
-                flush(path)
-            if path.is_file() and name not in manifest:
-                manifest[name] = entry_of(path)
-        manifests.write(unfinished, manifest)
-        flush(unfinished)
+    with naming(folder):
+        seal(unfinished, {name: entry for files in written for name, entry in files.items()})
         # What needs space comes first. Both renames need none.
         new = folder / f".{LATEST}.new"
         write_text(new, tag)
@@ -167,6 +159,25 @@ def _publish(folder: Path, tag: str, unfinished: Path, written: list[Manifest]) 
         flush(folder)
         new.replace(folder / LATEST)
         flush(folder)
+
+
+def seal(unfinished: Path, manifest: Manifest) -> None:
+    """Bring all files of a folder to the disk, and write their manifest.
+
+    Args:
+        unfinished: the folder.
+        manifest: of the files that are on the disk already.
+    """
+    for path in unfinished.rglob("*"):  # such as what DeepSpeed copies from NVMe
+        name = str(path.relative_to(unfinished))
+        if path.is_dir() or name not in manifest:
+            flush(path)
+        if path.is_file() and name not in manifest:
+            manifest[name] = entry_of(path)
+    for name in manifest:
+        (unfinished / name).stat()  # fails where somebody is removing the folder
+    manifests.write(unfinished, manifest)
+    flush(unfinished)
 
 
 def _remove_old(folder: Path, keep: int, keep_every: int | None) -> None:
@@ -186,15 +197,20 @@ def _remove_old(folder: Path, keep: int, keep_every: int | None) -> None:
                 _say(f"{folder / name} is old and cannot be removed: {error.strerror}")
 
 
-class _naming(contextlib.AbstractContextManager[None]):
+class naming(contextlib.AbstractContextManager[None]):
     """Turns an error into a CheckpointError that names the folder and says if its disk is full."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, writer: str = "PyTorch's writer") -> None:
+        self._folder, self._writer = folder, writer
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
         if not isinstance(error, Exception):
             return
+        if not self._folder.is_dir():
+            raise CheckpointError(
+                f"{self._folder} is gone: it was removed while a checkpoint was written to it, or "
+                "its disk is not mounted any more. Bring it back to go on from the last checkpoint."
+            ) from error
         if getattr(error, "errno", None) in FULL or _is_full(self._folder):
             reason = "no space left on device"
         elif isinstance(error, OSError):
@@ -203,7 +219,7 @@ class _naming(contextlib.AbstractContextManager[None]):
             cause: BaseException = error
             while cause.__context__ is not None:  # PyTorch's writer fails once more while it closes
                 cause = cause.__context__
-            reason = f"PyTorch's writer failed ({str(cause).splitlines()[0]})"
+            reason = f"{self._writer} failed ({type(cause).__name__}: {str(cause)[:300]})"
         raise CheckpointError(
             f"the checkpoint could not be written to {self._folder}: {reason}. What was begun is "
             "removed; the checkpoints before it are as they were."
@@ -212,7 +228,7 @@ class _naming(contextlib.AbstractContextManager[None]):
 
 def _is_full(folder: Path) -> bool:
     """Whether the folder takes no MiB more; PyTorch's writer does not say why it failed."""
-    probe = folder / f".probe-{dist.get_rank()}"
+    probe = folder / f".probe-{dist.get_rank() if dist.is_initialized() else os.getpid()}"
     try:
         write_text(probe, " " * (1 << 20))
     except OSError as error:

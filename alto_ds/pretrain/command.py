@@ -22,8 +22,14 @@ from alto_ds import checkpoint
 from alto_ds.pretrain import setup
 from alto_ds.pretrain.deepspeed_json import check_values, read_deepspeed_json
 from alto_ds.pretrain.effective import lines_of_engine, lines_of_settings
+from alto_ds.pretrain.environment import is_first_of_node
 from alto_ds.pretrain.exits import ExitStatus
-from alto_ds.pretrain.identity import check_identity, identity_of, write_identity
+from alto_ds.pretrain.identity import (
+    check_identity,
+    identity_of,
+    make_checkpoints_folder,
+    write_identity,
+)
 from alto_ds.pretrain.lock import one_run
 from alto_ds.pretrain.loop import evaluate, train
 from alto_ds.pretrain.metrics import Metrics, perplexity
@@ -84,7 +90,7 @@ def pretrain(settings: Settings) -> ExitStatus:
         return _pretrain(settings, check_lock)
 
 
-def _pretrain(settings: Settings, check_lock: Callable[[], None]) -> ExitStatus:
+def _pretrain(settings: Settings, check_lock: Callable[[Path], None]) -> ExitStatus:
     folder, writes = settings.run.output_dir, dist.get_rank() == 0
     if writes:
         print(*lines_of_settings(settings), sep="\n", flush=True)
@@ -95,8 +101,12 @@ def _pretrain(settings: Settings, check_lock: Callable[[], None]) -> ExitStatus:
     identity = identity_of(settings, engine, data.fingerprint)
     saved = setup.checkpoints_of(settings)
     step = 0
-    on_ranks(writes and checkpoint.exist(saved), lambda: check_identity(folder, identity))
-    resumed = checkpoint.resume(engine, saved)
+    fresh_states = settings.run.fresh_states
+    on_ranks(
+        writes and checkpoint.exist(saved), lambda: check_identity(folder, identity, fresh_states)
+    )
+    on_ranks(writes, lambda: make_checkpoints_folder(saved))
+    resumed = checkpoint.resume(engine, saved, fresh_states)
     if resumed is not None:
         step = resumed.client_state["step"]
     metrics = on_ranks(True, lambda: Metrics(folder, step, settings.steps, writes))
@@ -106,14 +116,13 @@ def _pretrain(settings: Settings, check_lock: Callable[[], None]) -> ExitStatus:
 
     def save(step: int) -> None:
         nonlocal last_saved
-        check_lock()
-        if writes:
-            write_identity(folder, identity)
+        check_lock(saved)
+        on_ranks(writes, lambda: write_identity(folder, identity))
         checkpoint.save(
             engine,
             saved,
             f"step{step:07d}",
-            {"step": step},
+            {"step": step, "fresh_states": fresh_states},
             keep=settings.run.keep_checkpoints,
             keep_every=settings.run.keep_every,
         )
@@ -130,6 +139,7 @@ def _pretrain(settings: Settings, check_lock: Callable[[], None]) -> ExitStatus:
         metrics.close()
     if status is not ExitStatus.FINISHED:
         return status
+    check_lock(saved)
     save_model(engine, data.tokenizer, folder / "model")
     loss = evaluate(engine, data.validation)
     metrics.draw()
@@ -147,6 +157,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
     Ends the process with exit status 2 and one line where something is wrong in them.
     """
     parser = _parser()
+    argv = sys.argv[1:] if argv is None else argv
+    for word in argv:
+        if not _is_text(word):  # neither could it be printed or written down later
+            parser.error(f"{word!r} is no UTF-8 text; rename that file or folder")
     known, others = parser.parse_known_args(argv)
     if others:
         parser.refuse(others[0])
@@ -174,6 +188,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
     return settings
 
 
+def _is_text(word: str) -> bool:
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in word
+
+
 def _part(kind: type[Part], given: dict[str, Any]) -> Part:
     """The settings of one kind; what was not given keeps the default that the class names."""
     names = [field.name for field in fields(kind)]
@@ -184,7 +206,7 @@ class _Parser(argparse.ArgumentParser):
     """Ends with one line, which the first rank of each node prints."""
 
     def error(self, message: str) -> NoReturn:
-        if _is_first_of_node():
+        if is_first_of_node(os.environ):
             print(f"{self.prog}: error: {message}", file=sys.stderr)
         sys.exit(ExitStatus.REFUSED)
 
@@ -194,12 +216,6 @@ class _Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(name, self._option_string_actions, n=1)
         remedy = f"did you mean {near[0]}?" if near else "--help lists all options"
         self.error(f"{name} is no option; {remedy}")
-
-
-def _is_first_of_node() -> bool:
-    """By what the launchers tell each process that they start."""
-    names = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
 def _parser() -> _Parser:
@@ -235,6 +251,12 @@ def _parser() -> _Parser:
     run.add_argument("--save_minutes", type=float, help="minutes between checkpoints, besides")
     run.add_argument(
         "--max_skipped_steps", type=int, help="in a row, for gradients that are not finite"
+    )
+    run.add_argument(
+        "--fresh_states",
+        action="store_true",
+        help="go on with new states of the optimizer, which may be another; once, until the run "
+        "is started without this option",
     )
     run.add_argument("--dropout", type=float, help="of GPT-2's three kinds")
     run.add_argument("--seed", type=int, help="of weights, order and dropout")

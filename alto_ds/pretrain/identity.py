@@ -12,6 +12,8 @@ from alto_ds.pretrain.settings import Settings
 
 # Sections of DeepSpeed's JSON that decide the weights; others are asked of the engine.
 DECISIVE = ("optimizer", "scheduler", "torch_autocast")
+# What may change, for the checkpoint is converted then.
+CONVERTED = ("bf16", "fp16", "ranks", "zero_optimization.stage")
 FILE = "run.json"
 
 
@@ -46,14 +48,32 @@ def identity_of(settings: Settings, engine: Any, fingerprint: str) -> dict[str, 
 
 def write_identity(folder: Path, identity: dict[str, Any]) -> None:
     """Write a run's identity into its folder, at once, so that it is never half written."""
-    folder.mkdir(parents=True, exist_ok=True)
     new = folder / f"{FILE}.new"
     new.write_text(json.dumps(identity, indent=2) + "\n")
     new.replace(folder / FILE)
 
 
-def check_identity(folder: Path, identity: dict[str, Any]) -> None:
+def make_checkpoints_folder(path: Path) -> None:
+    """Make the folder of a run's checkpoints, before anything says that there is a run.
+
+    Raises:
+        FileNotFoundError: there is a run, and its checkpoints are gone.
+    """
+    if not path.is_dir() and (path.parent / FILE).exists():
+        raise FileNotFoundError(
+            f"{path} is gone, and {path.parent / FILE} says that a run has saved there. Bring it "
+            "back to resume that run, or remove that file, too, to start anew."
+        )
+    path.mkdir(exist_ok=True)
+
+
+def check_identity(folder: Path, identity: dict[str, Any], fresh_states: bool = False) -> None:
     """Refuse to go on with a run that would not be the same one, before anything is loaded.
+
+    Args:
+        folder: of the run.
+        identity: of the run as it would go on.
+        fresh_states: whether optimizer and schedule may be others.
 
     Raises:
         ValueError: naming each setting that differs from those the run was started with; or
@@ -65,6 +85,8 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
         f"{key}={then.get(key)}, now {now.get(key)}"
         for key in dict.fromkeys([*then, *now])
         if then.get(key) != now.get(key)
+        and key not in CONVERTED
+        and not (fresh_states and key.split(".")[0] in ("optimizer", "scheduler"))
     ]
     if changed:
         raise ValueError(

@@ -140,6 +140,8 @@ class RunSettings:
         save_minutes: minutes after which a checkpoint is written besides; infinite for never.
         max_skipped_steps: steps in a row that DeepSpeed may skip before the run ends. The default
             lets a loss scale of 2**32 fall to 1.
+        fresh_states: start the optimizer's states anew where the run goes on, once; optimizer and
+            scheduler may then be others. Weights, number of steps and place in the data stay.
         seed: of weights, order of the data and dropout.
         timeout: seconds a rank waits for the others before it ends with an error. The command's
             own default follows DEEPSPEED_TIMEOUT.
@@ -156,6 +158,7 @@ class RunSettings:
     keep_every: int | None = None
     save_minutes: float = math.inf
     max_skipped_steps: int = 50
+    fresh_states: bool = False
     seed: int = 1234
     timeout: int = 600
 
