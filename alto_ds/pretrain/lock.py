@@ -23,7 +23,7 @@ from typing import Any
 import torch.distributed as dist
 
 from alto_ds.pretrain.processes import birth
-from alto_ds.pretrain.ranks import on_ranks
+from alto_ds.pretrain.ranks import PREPARATION_TIMEOUT, on_ranks
 
 FILE = "run.lock"
 STALE_SECONDS = 60.0  # a lease that nobody has renewed for so long was left behind
@@ -35,21 +35,23 @@ class LockedError(RuntimeError):
 
 
 @contextmanager
-def one_run(folder: Path) -> Iterator[Callable[[], None]]:
+def one_run(folder: Path) -> Iterator[Callable[[Path], None]]:
     """Keep other runs out of the folder, which is made if needed. All ranks must enter together.
 
     Yields:
-        A function that all ranks must call together before they write there.
+        A function that all ranks must call together before they write there, with a folder that
+        must be there besides.
 
     Raises:
-        SetupError: on all ranks, here or from that function, where the folder is another run's.
+        SetupError: on all ranks, here or from that function, where the folder is another run's;
+            from that function, where one of the folders is gone.
     """
     lock = RunLock(folder)
     here = dist.get_rank() == 0
-    on_ranks(here, lock.acquire)
+    on_ranks(here, lock.acquire, PREPARATION_TIMEOUT)  # it may wait for a lease to end
 
-    def check() -> None:
-        on_ranks(here, lock.check)
+    def check(needed: Path) -> None:
+        on_ranks(here, lambda: lock.check(needed))
 
     try:
         yield check
@@ -95,12 +97,23 @@ class RunLock:
             self._remove_abandoned()
         threading.Thread(target=self._renew, name="renew_lock", daemon=True).start()
 
-    def check(self) -> None:
+    def check(self, *needed: Path) -> None:
         """Make sure that the lock is still ours; one that a user has removed is made again.
 
+        Args:
+            needed: folders that must be there, besides the locked one.
+
         Raises:
+            FileNotFoundError: one of the folders is not there any more.
             LockedError: another run has taken it, for this one was silent for too long.
         """
+        gone = next((path for path in (self._folder, *needed) if not path.is_dir()), None)
+        if gone is not None:
+            # Making it again would hide that what was in it is lost, or fill the disk beneath.
+            raise FileNotFoundError(
+                f"{gone} is gone: it was removed, or its disk is not mounted any more. The steps "
+                "since the last checkpoint are lost. Bring it back to go on from there."
+            )
         found = _read(self._path)
         if found is None and self._create():
             return

@@ -14,6 +14,7 @@ LAUNCHERS = {
     "torchrun",
     "torch.distributed.run",
 }
+NODE_LAUNCHER = "deepspeed.launcher.launch"  # which starts DeepSpeed's ranks of one node
 
 
 def birth(pid: int) -> str | None:
@@ -26,24 +27,38 @@ def birth(pid: int) -> str | None:
     return None if fields is None or fields[0] in "ZX" else fields[19]
 
 
-def launchers() -> list[int]:
-    """Numbers of the launchers of this process that run on this host, the nearest first."""
-    found = []
+def launchers() -> list[int] | None:
+    """Numbers of the launchers of this process that run on this host, the nearest first.
+
+    Returns:
+        None where one of DeepSpeed's that there was has ended.
+    """
+    found: list[int] = []
+    words: list[str] = []  # of the farthest
     pid = os.getppid()
     while pid > 0:
-        if _is_launcher(pid):
+        command = _command(pid)
+        if _is_launcher(command):
             found.append(pid)
+            words = command
         fields = _stat(pid)
         pid = 0 if fields is None else int(fields[1])
+    if not found and "CROSS_RANK" in os.environ:
+        return None  # only the launcher of a node sets it
+    if NODE_LAUNCHER in words and not any(word.startswith("--node_rank=") for word in words):
+        return None  # `deepspeed` leaves that out where it has started the launcher by itself
     return found
 
 
-def _is_launcher(pid: int) -> bool:
+def _command(pid: int) -> list[str]:
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")[:4]
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
     except OSError:
-        return False
-    names = [Path(word).name for word in words]  # python -u -m MODULE, python SCRIPT
+        return [""]
+
+
+def _is_launcher(command: list[str]) -> bool:
+    names = [Path(word).name for word in command[:4]]  # python -u -m MODULE, python SCRIPT
     return names[0].startswith("python") and not LAUNCHERS.isdisjoint(names)
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import deepspeed
 import torch.distributed as dist
 from deepspeed.comm.comm import mpi_discovery
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 
+from alto_ds.checkpoint.ranks import Ranks
+
 T = TypeVar("T")
-PREPARATION_TIMEOUT = timedelta(hours=24)
+PREPARATION_TIMEOUT = timedelta(hours=24)  # of a large text
 # What srun tells each process that it starts, and what torch calls it.
 SLURM = {
     "SLURM_PROCID": "RANK",
@@ -33,8 +35,8 @@ def init_distributed(timeout: timedelta) -> None:
     MASTER_ADDR and MASTER_PORT.
 
     Args:
-        timeout: how long a rank waits for the others, here and in collectives on the group of all
-            ranks.
+        timeout: how long a rank waits for the others, here and in collectives, and to make a
+            group with them.
 
     Raises:
         SetupError: srun without MASTER_ADDR, or mpirun and mpi4py of different MPIs.
@@ -45,6 +47,10 @@ def init_distributed(timeout: timedelta) -> None:
             _ask_mpi(started)
         elif "SLURM_STEP_NUM_TASKS" in os.environ:
             _ask_slurm()
+    # DeepSpeed makes groups without naming a timeout, such as that of ZeRO's collectives and
+    # ALTO's. PyTorch's own is 30 minutes with gloo, also for ranks that never join a group.
+    dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout
     deepspeed.init_distributed(timeout=timeout)
 
 
@@ -78,11 +84,16 @@ def _ask_slurm() -> None:
     os.environ.setdefault("MASTER_PORT", str(TORCH_DISTRIBUTED_DEFAULT_PORT))
 
 
-def on_ranks(here: bool, work: Callable[[], T]) -> T | None:
+def on_ranks(here: bool, work: Callable[[], T], patience: timedelta | None = None) -> T | None:
     """Do ``work`` where ``here`` is true and wait for all ranks; raise everywhere if one failed.
 
     Every rank must call this together. A rank that failed alone would leave the others waiting in
     their next collective.
+
+    Args:
+        here: whether this rank works.
+        work: what it does.
+        patience: how long it may take; by default as long as a collective of training.
 
     Returns:
         What ``work`` returned, None where ``here`` is false.
@@ -90,19 +101,5 @@ def on_ranks(here: bool, work: Callable[[], T]) -> T | None:
     Raises:
         SetupError: with the message of the first rank that failed.
     """
-    # A group of its own, for preparing a large text takes longer than a collective of training
-    # may, and gloo, for the work is the CPU's.
-    group = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
-    result, error = None, None
-    if here:
-        try:
-            result = work()
-        except Exception as exception:
-            error = exception
-    messages: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if error is None else f"{error}", group=group)
-    dist.destroy_process_group(group)
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise SetupError(f"rank {rank}: {message}") from error
-    return result
+    with Ranks(SetupError, (Exception,), patience) as ranks:
+        return ranks.each(lambda: work() if here else None)

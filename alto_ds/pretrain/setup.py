@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from alto_ds import checkpoint
 from alto_ds.pretrain.data.sequences import Sequences, make_sequences
 from alto_ds.pretrain.model import make_model, model_config, parameter_groups
-from alto_ds.pretrain.ranks import SetupError, on_ranks
+from alto_ds.pretrain.ranks import PREPARATION_TIMEOUT, SetupError, on_ranks
 from alto_ds.pretrain.settings import Settings
 
 
@@ -39,7 +38,10 @@ def prepare_data(settings: Settings) -> Sequences:
     # node, whose folders may be its own; the rest then find them.
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     turns = (rank == 0, first and rank > 0, not first and rank > 0)
-    prepared = [on_ranks(turn, lambda: make_sequences(settings, resumed)) for turn in turns]
+    prepared = [
+        on_ranks(turn, lambda: make_sequences(settings, resumed), PREPARATION_TIMEOUT)
+        for turn in turns
+    ]
     data = next(mine for mine in prepared if mine is not None)
     fingerprints: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(fingerprints, data.fingerprint)
@@ -59,10 +61,6 @@ def make_engine(settings: Settings, tokenizer: Any) -> Any:
         model=model,
         model_parameters=parameter_groups(model),
         config=settings.deepspeed_config,
-    )
-    # DeepSpeed makes the group of ZeRO's collectives, and ALTO's, with PyTorch's own timeout.
-    dist.distributed_c10d._set_pg_timeout(
-        timedelta(seconds=settings.run.timeout), engine.seq_data_parallel_group
     )
     return engine
 

@@ -55,8 +55,13 @@ def watch_launchers() -> None:
 
     The `deepspeed` command, and the process between it and the ranks, do not take the ranks with
     them where they are killed. On other hosts than the command's only the latter is seen.
+    Where one is gone already, such as while this process was importing, it gets the SIGTERM now.
     """
-    watched = {pid: birth(pid) for pid in launchers()}
+    found = launchers()
+    if found is None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return
+    watched = {pid: birth(pid) for pid in found}
 
     def watch() -> None:
         while all(birth(pid) == born for pid, born in watched.items()):

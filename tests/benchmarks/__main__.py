@@ -22,7 +22,10 @@ from typing import Any
 
 import torch
 
-BENCHMARKS = ("startup", "steps", "memory", "growth", "collectives", "training")
+BENCHMARKS = (
+    *("startup", "steps", "memory", "growth", "collectives", "training", "checkpoints"),
+    "long_run",
+)
 
 
 def machine() -> dict[str, str]:

@@ -13,7 +13,6 @@ import gc
 import io
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -30,7 +29,7 @@ from torch import Tensor
 
 import alto_ds  # noqa: F401  registers the optimizer type
 from alto_ds.checkpoint import CheckpointError, Resumed, resume, save
-from tests.launcher import ROOT
+from tests import launcher
 
 TIME_LIMIT = 300  # seconds
 
@@ -39,20 +38,11 @@ TIME_LIMIT = 300  # seconds
 def launch() -> tuple[list[dict[str, Any]], int, str]:
     """What each rank saw, by case, the exit status and the end of what they printed."""
     with tempfile.TemporaryDirectory() as folder:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        finished = subprocess.run(
-            [*torchrun, "--nproc_per_node=2", "-m", "tests.faults.harness", folder],
-            env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-            timeout=TIME_LIMIT + 60,
-        )
+        module = "tests.faults.harness"
+        status, printed = launcher.run_cases(2, module, folder, seconds=TIME_LIMIT + 60)
         reports = [Path(folder, f"{rank}.json") for rank in range(2)]
         ranks = [json.loads(path.read_text()) if path.exists() else {} for path in reports]
-        return ranks, finished.returncode, finished.stdout[-8000:]
+        return ranks, status, printed
 
 
 def seen(name: str) -> list[Any]:

@@ -9,9 +9,11 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
+import psutil
 import pytest
 
 pytest.importorskip("deepspeed")
@@ -20,16 +22,112 @@ import torch
 
 from alto_ds.checkpoint.folders import latest_in, newest_first
 from alto_ds.checkpoint.saving import WRITING
+from alto_ds.pretrain.exits import ExitStatus
 from alto_ds.pretrain.metrics import read_metrics
+from tests import launcher
 from tests.faults.harness import tensors_in
-from tests.pretrain.forked import Forks, Rank
-from tests.pretrain.runs import STEPS, measured, options, weights
+from tests.pretrain.forked import Forks
+from tests.pretrain.runs import MODULE, STEPS, measured, options, weights
 
 FINISHED = "Final held-out perplexity"
+TIMEOUT = 10  # seconds that a rank waits for one that was killed before it had met the others
+JOINING = 6  # the same, where nothing else goes on
+Launcher = Callable[[int], list[str]]
+
+
+class Started(Protocol):
+    """A run that was started."""
+
+    @property
+    def targets(self) -> Sequence[str]:
+        """What of it may be killed."""
+
+    def has_ended(self) -> bool:
+        """Whether one of its processes has."""
+
+    def kill(self, target: str) -> None:
+        """Kill a target, and wait until that is gone."""
+
+    def wait(self) -> list[int]:
+        """Wait until all processes have ended; the exit statuses of those that tell it."""
+
+    def printed(self) -> str:
+        """What rank 0 has printed, or all."""
+
+
+class Ranks:
+    """A run whose two ranks are forked, without a launcher."""
+
+    targets = ("rank 0", "rank 1", "all ranks")
+
+    def __init__(self, forks: Forks, arguments: list[str]) -> None:
+        self._forks = forks
+        self._ranks = forks.start(2, *arguments)
+
+    def has_ended(self) -> bool:
+        return any(self._forks.status(rank) is not None for rank in self._ranks)
+
+    def kill(self, target: str) -> None:
+        victims = self._ranks if target == "all ranks" else [self._ranks[int(target[-1])]]
+        for rank in victims:
+            os.kill(rank.pid, signal.SIGKILL)
+        self._forks.wait(victims, 10)
+
+    def wait(self) -> list[int]:
+        return self._forks.wait(self._ranks, 100)
+
+    def printed(self) -> str:
+        return self._ranks[0].log.read_text()
+
+
+class Launched:
+    """A run by a launcher, which alone is killed.
+
+    Attributes:
+        command: the launcher.
+    """
+
+    targets = ("launcher",)
+
+    def __init__(self, by: Launcher, arguments: list[str], folder: Path, output: Path) -> None:
+        self._output = str(output)  # all its processes have it in their command line
+        self._log = folder / f"{time.monotonic_ns()}.log"
+        with self._log.open("w") as log:
+            self._process = launcher.start(
+                2, "--module", MODULE, *arguments, folder=folder, by=by, log=log
+            )
+        self.command = psutil.Process(self._process.pid)
+
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def kill(self, target: str) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def wait(self) -> list[int]:
+        deadline = time.monotonic() + 100
+        while left := self._processes():
+            if time.monotonic() > deadline:
+                for process in left:  # they would train on
+                    process.kill()
+                raise AssertionError(f"{left} have not ended: {self.printed()[-3000:]}")
+            time.sleep(0.1)
+        return [self._process.wait()]
+
+    def printed(self) -> str:
+        return self._log.read_text()
+
+    def _processes(self) -> list[psutil.Process]:
+        return [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if self._output in (process.info["cmdline"] or ())
+        ]
 
 
 class Kills:
-    """Kills the ranks of a run at moments drawn by chance.
+    """Kills runs at moments drawn by chance.
 
     Attributes:
         found: what was counted: kills by what was killed, those while saving, and what they cost.
@@ -46,20 +144,21 @@ class Kills:
         Args:
             arguments: of the main job, the same each time.
             output: the run's folder.
-            kills: at most so many.
+            kills: at most so many; every fifth is of a launcher.
             saving: kill only while a checkpoint is being written.
         """
         done = 0
         while True:
             before = len(newest_first(output / "checkpoints"))
-            ranks = self._forks.start(2, *arguments)
-            killed = done < kills and self._kill(ranks, output, saving)
-            statuses = self._forks.wait(ranks, 100)
-            printed = ranks[0].log.read_text()
+            launched = done < kills and self.found["kills"] % 5 == 4
+            run = self._start(arguments, output, launched=launched)
+            killed = done < kills and self._kill(run, output, saving)
+            statuses = run.wait()
+            printed = run.printed()
             self.found["checkpoints skipped"] += printed.count("alto_ds.checkpoint: skipped")
             if not killed:
                 assert ("resuming from" in printed) is (before > 0), printed
-                assert statuses == [0, 0], printed[-3000:]
+                assert set(statuses) == {0}, printed[-3000:]
                 assert FINISHED in printed
                 return done
             done += 1
@@ -67,33 +166,39 @@ class Kills:
             saved = int(whole[0][-7:]) if whole else 0
             self.found["steps repeated"] += max(0, len(_rows(output)) - saved)
 
-    def _kill(self, ranks: list[Rank], output: Path, saving: bool) -> bool:
+    def _start(self, arguments: list[str], output: Path, *, launched: bool) -> Started:
+        if not launched:
+            return Ranks(self._forks, arguments)
+        by = self._chance.choice([launcher.deepspeed, launcher.torchrun])
+        return Launched(by, arguments, output.parent, output)
+
+    def _kill(self, run: Started, output: Path, saving: bool) -> bool:
         """Wait for a moment and kill; False where the run has ended before."""
-        target = self._chance.choice(["rank 0", "rank 1", "all ranks"])
-        victims = ranks if target == "all ranks" else [ranks[int(target[-1])]]
+        target = self._chance.choice(run.targets)
         if saving:
             first = latest_in(output / "checkpoints")
             skip = self._chance.randrange(3)  # checkpoints to let pass
-            self._until(ranks, lambda: _number(output) >= _number_of(first) + skip)
-            self._until(ranks, lambda: _is_saving(output))
+            self._until(run, lambda: _number(output) >= _number_of(first) + skip)
+            self._until(run, lambda: _is_saving(output))
             time.sleep(self._chance.random() * 0.01)
         else:
-            time.sleep(self._chance.random() * 6)
-        if any(self._forks.status(rank) is not None for rank in ranks):
+            # Until a run has ended, mostly. That by a launcher takes so much longer to start.
+            time.sleep(self._chance.random() * (18 if target == "launcher" else 6))
+        if run.has_ended():
             return False
-        for rank in victims:
-            os.kill(rank.pid, signal.SIGKILL)
-        self._until(victims, lambda: False)
+        while_saving = _is_saving(output)
+        run.kill(target)
         self.found["kills"] += 1
         self.found[f"of {target}"] += 1
-        self.found["while saving"] += _is_saving(output)
+        # A killed rank leaves what it was writing. Ranks whose launcher was killed go on.
+        self.found["while saving"] += while_saving if target == "launcher" else _is_saving(output)
         return True
 
-    def _until(self, ranks: list[Rank], reached: Callable[[], bool]) -> None:
-        """Wait until something is so, or one of the ranks has ended."""
+    def _until(self, run: Started, reached: Callable[[], bool]) -> None:
+        """Wait until something is so, or one of the processes has ended."""
         deadline = time.monotonic() + 100
-        while not reached() and all(self._forks.status(rank) is None for rank in ranks):
-            assert time.monotonic() < deadline, ranks[0].log.read_text()[-3000:]
+        while not reached() and not run.has_ended():
+            assert time.monotonic() < deadline, run.printed()[-3000:]
 
 
 def _rows(output: Path) -> list[object]:
@@ -138,7 +243,10 @@ def straight(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("kills", "seed"), [(3, 1), pytest.param(60, 2, marks=pytest.mark.slow)])
+SLOW = [pytest.param(30, seed, marks=pytest.mark.slow) for seed in (2, 3)]  # 60 kills in all
+
+
+@pytest.mark.parametrize(("kills", "seed"), [(3, 1), *SLOW])
 def test_a_killed_run_goes_on_bitwise(
     straight: Path, tmp_path: Path, forks: Forks, kills: int, seed: int
 ) -> None:
@@ -146,8 +254,7 @@ def test_a_killed_run_goes_on_bitwise(
     left, runs, began = kills, 0, time.monotonic()
     while left:
         output = f"run{runs}"
-        # A rank that is killed before all have met leaves the other waiting for so long.
-        arguments = options(tmp_path, output, save_interval=1, timeout=20)
+        arguments = options(tmp_path, output, save_interval=1, timeout=TIMEOUT)
         left -= killing.run(arguments, tmp_path / output, min(left, 5), saving=runs % 2 == 0)
         assert_equal(tmp_path / output, straight / "straight")
         runs += 1
@@ -156,6 +263,69 @@ def test_a_killed_run_goes_on_bitwise(
     print(dict(killing.found), f"runs: {runs}, seconds lost: {lost:.0f}")
     assert killing.found["while saving"] >= kills * 25 / 60
     assert killing.found["checkpoints skipped"] == 0  # what was being written is not seen at all
+
+
+@pytest.mark.parametrize(
+    "functions",
+    [
+        ["_clone_world_group", "prepare_data"],  # DeepSpeed's, and one of ours
+        pytest.param(["one_run"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_is_killed_before_it_joins_a_group_ends_the_others_in_time(
+    tmp_path: Path, forks: Forks, functions: list[str]
+) -> None:
+    """By itself PyTorch would wait for it for 30 minutes."""
+    runs = [
+        forks.start(
+            2,
+            function,
+            *options(tmp_path, function, timeout=JOINING),
+            script="tests/scripts/lose_a_rank_between_groups.py",
+        )
+        for function in functions
+    ]
+    for first, lost in runs:
+        assert forks.wait([lost], 60) == [-signal.SIGKILL]
+        assert "This rank is lost." in lost.log.read_text()
+        # 15 seconds more for Python to end on a busy machine.
+        assert forks.wait([first], JOINING + 15) == [1]
+        assert f"timeout after {JOINING}000ms" in first.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_rank_that_falls_silent_while_saving_ends_the_others_in_time(
+    tmp_path: Path, forks: Forks
+) -> None:
+    first, silent = forks.start(
+        2, *options(tmp_path, "output", save_interval=1, max_steps=500, timeout=JOINING)
+    )
+    deadline = time.monotonic() + 100
+    while not _is_saving(tmp_path / "output"):
+        assert time.monotonic() < deadline, first.log.read_text()[-3000:]
+    os.kill(silent.pid, signal.SIGSTOP)
+    assert forks.wait([first], JOINING + 15) == [1]
+    assert "saving.py" in first.log.read_text()  # where it waited
+    os.kill(silent.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["command", "middle"])
+def test_ranks_whose_launcher_is_killed_while_they_are_importing_end(
+    tmp_path: Path, whom: str
+) -> None:
+    """They find none when they look for it, and must not take that for a start without one."""
+    arguments = options(tmp_path, "output", max_steps=1000)
+    run = Launched(launcher.deepspeed, arguments, tmp_path, tmp_path / "output")
+    victim = run.command
+    deadline = time.monotonic() + 100
+    while not (victim.children() if whom == "command" else len(victim.children()) == 2):
+        assert time.monotonic() < deadline
+        if whom == "middle" and victim.pid == run.command.pid and victim.children():
+            (victim,) = victim.children()
+    victim.kill()
+    run.wait()
+    assert _rows(tmp_path / "output") == []
 
 
 @pytest.fixture
@@ -184,3 +354,40 @@ def test_a_run_whose_disk_fills_names_it_and_goes_on_once_there_is_space(
     filler.unlink()
     assert FINISHED in forks.run(2, *arguments)
     assert_equal(small_disk / "output", straight / "straight")
+
+
+@pytest.mark.parametrize(
+    ("gone", "saving"),
+    [
+        ("output", True),
+        ("output/checkpoints", False),
+        pytest.param("output", False, marks=pytest.mark.slow),
+        pytest.param("output/checkpoints", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_folder_that_vanishes_ends_all_ranks_and_is_named(
+    tmp_path: Path, forks: Forks, gone: str, saving: bool
+) -> None:
+    """It is not made again in silence, neither by this run nor by the next start."""
+    interval = 1 if saving else 5
+    arguments = options(tmp_path, "output", save_interval=interval, max_steps=500)
+    output = tmp_path / "output"
+    ranks = forks.start(2, *arguments)
+    deadline = time.monotonic() + 100
+    while _number(output) < interval or _is_saving(output) is not saving:
+        assert time.monotonic() < deadline, ranks[0].log.read_text()[-3000:]
+    remove = ["rm", "-rf", str(tmp_path / gone)]
+    subprocess.run(remove, check=not saving)
+    while saving and any(forks.status(rank) is None for rank in ranks):
+        # Again and again, for ranks that are writing may make it once more.
+        subprocess.run(remove, check=False, capture_output=True)
+        assert time.monotonic() < deadline, ranks[0].log.read_text()[-3000:]
+    assert forks.wait(ranks, 60) == [ExitStatus.REFUSED] * 2
+    printed = ranks[0].log.read_text()
+    (said,) = (line for line in printed.splitlines() if line.startswith("alto_ds.pretrain: "))
+    assert f"{tmp_path / gone} is gone: " in said or (saving and f"{output}/checkpoints" in said)
+    assert "Traceback" not in printed + ranks[1].log.read_text()
+    assert not (tmp_path / gone).exists()
+    if gone != "output":
+        again = forks.run(2, *arguments, status=ExitStatus.REFUSED)
+        assert f"{output}/checkpoints is gone, and {output}/run.json says" in again

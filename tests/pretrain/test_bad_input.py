@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -17,8 +18,6 @@ from hypothesis import strategies as st
 
 pytest.importorskip("deepspeed")
 
-import datasets
-
 from alto_ds.pretrain.command import parse_arguments
 from alto_ds.pretrain.data.text import documents
 from alto_ds.pretrain.data.tokenizer import make_tokenizer
@@ -26,9 +25,12 @@ from alto_ds.pretrain.deepspeed_json import check_values, read_deepspeed_json
 from alto_ds.pretrain.identity import FILE, check_identity, write_identity
 from alto_ds.pretrain.metrics import Metrics, read_metrics
 from alto_ds.pretrain.settings import DataSettings, ModelSettings, RunSettings
+from tests.fuzzing import CHANCES, mutated
 from tests.launcher import ROOT
 from tests.pretrain.forked import Forks
 from tests.pretrain.runs import options
+
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 TINY = ROOT / "configs/gpt2_tiny_zero2.json"
 CONFIG = json.loads(TINY.read_text())
@@ -36,14 +38,6 @@ ADAMW = {"type": "AdamW", "params": {"lr": 1e-3}}
 E_ADAMW = {"type": "E", "params": {"optimizer": "AdamW", "lr": 1e-3}}
 WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}
 LEAVE_OUT = "leave it out for the default"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    saved = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
-    yield
-    datasets.config.HF_DATASETS_CACHE = saved
 
 
 def changed(changes: dict[str, Any]) -> dict[str, Any]:
@@ -413,8 +407,29 @@ def test_the_shipped_configurations_are_taken() -> None:
         (["--output_dir", __file__], "is a file; name a folder"),
         (["--deepspeed_config", str(ROOT)], "is no file"),
         (["--deepspeed_config", ""], "is no file"),
+        (
+            ["--text", "caf\udce9.txt"],
+            "'caf\\udce9.txt' is no UTF-8 text; rename that file or fold",
+        ),
+        (["--output_dir", "\udcff"], "'\\udcff' is no UTF-8 text; rename that file or folder"),
+        (["--dataset", "a\0b"], "'a\\x00b' is no UTF-8 text"),
+        (["--max_steps", ""], "argument --max_steps: invalid int value: ''"),
+        (["--max_steps", "9" * 5000], "argument --max_steps: invalid int value: '999"),
+        (["--save_minutes", "nan"], "--save_minutes=nan must be above 0"),
+        (["--save_minutes", "0"], "--save_minutes=0.0 must be above 0"),
+        (["--save_minutes", "ten"], "argument --save_minutes: invalid float value: 'ten'"),
+        (["--keep_checkpoints", "0"], "--keep_checkpoints=0 must be at least 1"),
+        (["--keep_every", "0"], "--keep_every=0 must be at least 1"),
+        (["--max_skipped_steps", "-1"], "--max_skipped_steps=-1 must be at least 1"),
+        (["--timeout", "0"], "--timeout=0 must be at least 1"),
+        (["--tokenizer", ""], "--tokenizer is empty"),
+        (["--dataset_split", ""], "--dataset_split is empty"),
+        (["--local_rank", "x"], "argument --local_rank: invalid int value: 'x'"),
+        (["--streaming"], "--streaming goes with --dataset"),
+        (["--text", "a", "--dataset", "b"], "--text and --dataset both name text"),
+        (["--seq_length", "1"], "--seq_length=1 must be at least 2"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:50],
 )
 def test_a_wrong_option_is_refused(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
@@ -708,12 +723,8 @@ KEYS = st.sampled_from(
         *("tensorboard", "log_level", "datastates_ckpt", "steps_per_print", "vocabulary_size"),
     ]
 )
-# Those that the machine's own profile leaves open are 100.
-EXAMPLES = max(200, hypothesis_settings().max_examples)
 FUZZED = hypothesis_settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -742,16 +753,53 @@ def test_fuzzed_json_values_are_taken_or_refused(
 
 
 @FUZZED
-@given(st.data())
-def test_fuzzed_bytes_of_a_json_are_taken_or_refused(tmp_path: Path, data: st.DataObject) -> None:
-    content = bytearray(TINY.read_bytes())
-    for _ in range(data.draw(st.integers(1, 4))):
-        place = data.draw(st.integers(0, len(content) - 1))
-        length = data.draw(st.sampled_from([0, 1, 1, 5, 50]))
-        content[place : place + length] = data.draw(st.binary(max_size=6))
+@given(CHANCES)
+def test_fuzzed_bytes_of_a_json_are_taken_or_refused(tmp_path: Path, chance: Random) -> None:
     path = tmp_path / "config.json"
-    path.write_bytes(bytes(content))
+    path.write_bytes(mutated(TINY.read_bytes(), chance))
     outcome("--model", "gpt2-tiny", "--output_dir", "out", "--deepspeed_config", str(path))
+
+
+@FUZZED
+@given(CHANCES)
+def test_fuzzed_bytes_of_an_identity_are_taken_or_refused(tmp_path: Path, chance: Random) -> None:
+    write_identity(tmp_path, {"seed": 1, "text": "of text"})
+    path = tmp_path / FILE
+    path.write_bytes(mutated(path.read_bytes(), chance))
+    with contextlib.suppress(ValueError):
+        check_identity(tmp_path, {"seed": 1, "text": "of text"})
+
+
+@FUZZED
+@given(CHANCES)
+def test_fuzzed_bytes_of_the_metrics_lose_no_other_line(tmp_path: Path, chance: Random) -> None:
+    lines = [json.dumps({"step": step, "loss": 2.5, "lr": 0.1}).encode() for step in range(1, 6)]
+    broken = chance.randrange(5)
+    others = [step for step in range(1, 6) if step != broken + 1]
+    lines[broken] = mutated(lines[broken], chance).replace(b"\n", b"")
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    found = [row["step"] for row in read_metrics(path)]
+    assert set(others) <= set(found)  # one bit makes step 5 a step 4, which nobody can see
+
+
+@FUZZED
+@given(CHANCES)
+def test_fuzzed_bytes_of_a_tokenizer_are_taken_or_refused(
+    tmp_path: Path, tokenizer: Path, chance: Random
+) -> None:
+    folder = tmp_path / "tokenizer"
+    if not folder.exists():
+        shutil.copytree(tokenizer, folder)
+    name = chance.choice(["tokenizer.json", "tokenizer_config.json"])
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(mutated(whole, chance))
+    try:
+        trained(folder, resumed=True)
+    except ValueError as error:
+        assert "the tokenizer that the run was started with is broken: " in str(error)  # noqa: PT017
+    finally:
+        (folder / name).write_bytes(whole)
 
 
 OPTIONS = st.sampled_from(
@@ -768,6 +816,7 @@ WORDS = st.one_of(
     st.integers().map(str),
     st.floats().map(str),
     st.text(max_size=8),
+    st.text(st.characters(categories=["Cs", "Cc", "Ll"]), max_size=4),
     st.sampled_from(["gpt2", "latin-1", "undefined", "hex", "idna", "-1", "--", "9" * 5000]),
 )
 

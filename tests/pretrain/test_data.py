@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,7 @@ from alto_ds.pretrain.settings import DataSettings, ModelSettings, RunSettings, 
 from alto_ds.pretrain.setup import check_batch_size
 from tests.pretrain.runs import TEXTS
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    saved = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
-    yield
-    datasets.config.HF_DATASETS_CACHE = saved
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def settings(folder: Path, **data: Any) -> Settings:

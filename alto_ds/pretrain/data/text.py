@@ -11,6 +11,7 @@ import codecs
 import io
 import json
 import sysconfig
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,11 @@ def documents(settings: DataSettings) -> Any:
 
     Raises:
         ValueError: a file is missing, or holds something else than text; a dataset cannot be
-            loaded or has no such column; or there is no text at all. It names the file, and where
-            in it the first wrong byte or line is.
+            loaded or has no such column; there is no text at all; or the cache cannot be written.
+            It names the file, and where in it the first wrong byte or line is.
     """
+    if not settings.streaming:
+        _check_cache(Path(datasets.config.HF_DATASETS_CACHE))
     if settings.dataset is None:
         files = settings.text or _standard_library()
         return _of_files(files, settings.encoding if settings.text else None)
@@ -49,6 +52,17 @@ def documents(settings: DataSettings) -> Any:
     if settings.dataset.endswith(".jsonl"):
         return _of_json_lines(Path(settings.dataset), settings)
     return _text_column(_load(settings, settings.dataset), settings)
+
+
+def _check_cache(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"the folder {folder}, where the datasets library keeps what it has read, cannot be "
+            f"written to ({error.strerror}); set HF_HOME or HF_DATASETS_CACHE to one that can."
+        ) from None
 
 
 def _of_files(files: Sequence[Path], encoding: str | None) -> Any:
