@@ -4,7 +4,7 @@
         --model gpt2-tiny --output_dir runs/tiny
 """
 
-from alto_ds.pretrain.command import main
+from alto_ds.pretrain.__main__ import main
 
 if __name__ == "__main__":
     main()

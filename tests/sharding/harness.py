@@ -15,7 +15,6 @@ import importlib.metadata
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -33,12 +32,15 @@ from torch.optim import Optimizer
 
 from alto_ds import ALTO
 from alto_ds.layout import Fragment, Layer, Layout, local
-from tests.launcher import ROOT
+from tests import launcher
 
 # In this order, for DeepSpeed leaves global state behind: without it first, AutoTP and
 # megatron-core last.
-MODULES = ("shard_cases", "dtensor_cases")
-MODULES_WITH_DEEPSPEED = ("offload_cases", "zero_cases", "parallel_cases", "tensor_parallel_cases")
+MODULES = ("shard_cases", "dtensor_cases", "checkpoint_cases")
+MODULES_WITH_DEEPSPEED = (
+    *("offload_cases", "nonfinite_cases", "zero_cases", "parallel_cases"),
+    "tensor_parallel_cases",
+)
 TIME_LIMIT = 600  # seconds; then a rank that hangs prints where, and ends
 
 
@@ -82,22 +84,13 @@ def measured(world_size: int, name: str, *only: str) -> list[dict[str, Any]]:
 def launch(world_size: int, *only: str) -> tuple[list[dict[str, Any]], int, str]:
     """Results by rank and case, exit status, and the end of what the ranks printed."""
     with tempfile.TemporaryDirectory() as folder:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        torchrun += [f"--nproc_per_node={world_size}", "-m", "tests.sharding.harness"]
-        finished = subprocess.run(
-            [*torchrun, folder, *only],
-            env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-            timeout=TIME_LIMIT + 60,
+        status, printed = launcher.run_cases(
+            world_size, "tests.sharding.harness", folder, *only, seconds=TIME_LIMIT + 60
         )
         reports = [Path(folder, f"{rank}.jsonl") for rank in range(world_size)]
         lines = [report.read_text().splitlines() if report.exists() else [] for report in reports]
         results = [dict(map(json.loads, rank)) for rank in lines]
-        return results, finished.returncode, finished.stdout[-8000:]
+        return results, status, printed
 
 
 def cases(world_size: int, only: list[str]) -> dict[str, Case]:
