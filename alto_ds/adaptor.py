@@ -116,6 +116,7 @@ class E(Optimizer):
                 "beta": beta,
                 "elementwise": elementwise,
                 "nonfinite": nonfinite,
+                "_makes_states_early": bool(optimizer.state),
             }
         )
         registration.refuse_at_first_gradient("E", self, self._own.names)
@@ -148,7 +149,7 @@ class E(Optimizer):
         self.optimizer.defaults = defaults
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("optimizer", "alpha", "beta", "elementwise", "nonfinite")
+        names = ("optimizer", "alpha", "beta", "elementwise", "nonfinite", "_makes_states_early")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -156,12 +157,12 @@ class E(Optimizer):
         self.alpha: float = state["alpha"]
         self.beta: float = state["beta"]
         self.elementwise: bool = state["elementwise"]
-        self.nonfinite: str = state["nonfinite"]
+        self.nonfinite: str = state.get("nonfinite", "raise")  # older versions had none
+        self._makes_states_early: bool = state["_makes_states_early"]
         self.skipped_steps = 0
         self._own = OwnParameters()
         for place, group in enumerate(self.optimizer.param_groups):
             self._own.remember(place, group)
-        self._makes_states_early = any(param in self.state for param in self._own.names)
         self._checked: set[Tensor] = set()
         super().__setstate__({})
 
@@ -336,7 +337,7 @@ class E(Optimizer):
             [
                 nonfinite.Finding(name, where, nonfinite.this_rank(), step)
                 for part, name, where, step in looked_at
-                if not part.isfinite().all()
+                if not nonfinite.is_finite(part)
             ],
             asking,
         )

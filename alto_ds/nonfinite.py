@@ -99,25 +99,52 @@ def collect(
     return News(plan, here, left, kept, found, arrived)
 
 
-def raise_if_found(news: News | None) -> None:
-    """Raise what a call has found. All ranks that share a layer must call this together.
+class Watch:
+    """What the steps of one optimizer have found, until it has been raised.
 
-    Raises:
-        FloatingPointError: names layers, steps, ranks and where the bad numbers are.
+    All ranks that share a layer must call each method together.
     """
-    if news is None:
-        return
-    if news.arrived is not None:
-        news.arrived.synchronize()
-    if not news.found:
-        return
+
+    def __init__(self) -> None:
+        self._news: News | None = None
+        self._message = ""
+
+    def note(self, news: News | None) -> None:
+        """Keep what the latest call of ``step()`` has found; raise it where it is here already."""
+        self._news, self._message = news, ""
+        if news is not None and news.arrived is None:
+            self.check()
+
+    def check(self) -> None:
+        """Raise what the latest call has found, once.
+
+        Raises:
+            FloatingPointError: names layers, steps, ranks and where the bad numbers are.
+        """
+        news, self._news = self._news, None
+        if news is None:
+            return
+        if news.arrived is not None:
+            news.arrived.synchronize()
+        if news.found:
+            self._message = _message(_findings_of_all(news), news.plan)
+            raise FloatingPointError(self._message)
+
+    def check_again(self) -> None:
+        """As :meth:`check`, also where it was raised before and no step has been taken since."""
+        self.check()
+        if self._message:
+            raise FloatingPointError(self._message)
+
+
+def _findings_of_all(news: News) -> list[Finding]:
+    """What all ranks that share a bad layer have found in it, in the order of the layers."""
     plan, left = news.plan, news.left.cpu()
     # The ranks of a group have the same sums of its layers, and so all of them ask, or none.
     asking = [group for group, rows in plan.rows_of.items() if left[rows[:-1]].any()]
-    findings = gather(_findings_here(news), asking)
     order = {layer.name: row for row, layer in enumerate(plan.layers)}
-    findings.sort(key=lambda f: (order.get(f.layer, len(order)), f.rank))
-    raise FloatingPointError(_message(findings, plan))
+    findings = gather(_findings_here(news), asking)
+    return sorted(findings, key=lambda f: (order.get(f.layer, len(order)), f.rank))
 
 
 def gather(findings: list[Finding], groups: Iterable[ProcessGroup]) -> list[Finding]:
@@ -178,8 +205,8 @@ def _message(findings: Sequence[Finding], plan: Plan) -> str:
         f"ALTO: step {first.step}: {first.layer} has numbers that are not finite in its "
         f"{first.where} (rank {ranks}){more}. None was written: the weights of these layers, and "
         "the states that would not be finite, are as they were before the step; all other states "
-        "and layers of the call have been updated. Go on from the latest checkpoint; "
-        '"nonfinite": "skip" skips steps whose gradients are not finite.'
+        "and layers of the call have been updated. Start again from the latest checkpoint, in a "
+        'new process; "nonfinite": "skip" skips steps whose gradients are not finite.'
     )
 
 
@@ -217,13 +244,17 @@ def ask(
     """
     bad = torch.zeros(1, 1, device=device)
     for tensor in tensors:
-        total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
-        bad += (~total.isfinite()).to(device)
+        bad += (~is_finite(tensor)).to(device)
     row, after = torch.zeros(1, dtype=torch.int64), {}
     for group in groups:
         add_over_ranks(bad, {group: row})
         after[group] = bad.clone()
     return bool(bad), [group for group, known in after.items() if known]
+
+
+def is_finite(tensor: Tensor) -> Tensor:
+    """Whether the sum of ``tensor``, in float32 or better, is finite: a boolean on its device."""
+    return tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).isfinite()
 
 
 def this_rank() -> int:

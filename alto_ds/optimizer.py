@@ -83,9 +83,6 @@ class ALTO(Optimizer):
         ValueError: a setting is out of its bounds.
     """
 
-    skipped_steps: int
-    _news: nonfinite.News | None
-
     def __init__(
         self,
         params: ParamsT,
@@ -161,7 +158,7 @@ class ALTO(Optimizer):
             FloatingPointError: see ``nonfinite``; after a step, which the message describes.
         """
         registration.refuse_step_arguments("ALTO", others)
-        self.raise_nonfinite()
+        self._watch.check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -178,22 +175,19 @@ class ALTO(Optimizer):
         if not nonfinite.gradients_allow_step(plan, parts, shards):
             self.skipped_steps += 1
             return loss
-        self._news = take_step(plan, parts, shards)
-        if plan.sums.device.type == "cpu":
-            self.raise_nonfinite()
+        self._watch.note(take_step(plan, parts, shards))
         return loss
 
     def raise_nonfinite(self) -> None:
-        """Raise what the latest call of :meth:`step` has found, where it has not done so itself.
+        """Raise what the latest call of :meth:`step` has found, again if it has raised it itself.
 
-        That is so on accelerators, where the next call does it. All ranks that share a layer must
-        call this together. It waits for the device; checkpoints are written after it.
+        On accelerators only the next call does. All ranks that share a layer must call this
+        together, before they write a checkpoint. It waits for the device.
 
         Raises:
             FloatingPointError: names layers, step, ranks and where the bad numbers are.
         """
-        news, self._news = self._news, None
-        nonfinite.raise_if_found(news)
+        self._watch.check_again()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -247,8 +241,9 @@ class ALTO(Optimizer):
         # torch puts new dicts in place of the groups. Schedulers, DeepSpeed and our own layouts
         # hold on to the old ones.
         for group, loaded in zip(groups, self.param_groups, strict=True):
-            group.update(loaded)
+            group.update(loaded | {"nonfinite": group["nonfinite"]})  # no matter of training
         self.param_groups = groups
+        self._watch = nonfinite.Watch()
         states.restore_dtypes(self, state_dict, states.ALTO_STATES)
         self._plans.clear()  # states are checked when a plan is made
 
@@ -261,6 +256,7 @@ class ALTO(Optimizer):
         if "_own" not in self.__dict__:  # unpickled
             self._forget()
             for place, group in enumerate(self.param_groups):
+                group.setdefault("nonfinite", "raise")  # older versions had none
                 self._own.remember(place, group)
             registration.refuse_at_first_gradient("ALTO", self, self._own.names)
 
@@ -268,7 +264,7 @@ class ALTO(Optimizer):
         self._own = OwnParameters()
         self._plans: dict[tuple[Layout, ...], Plan] = {}
         self._last: dict[Layout, tuple[dict[str, Any], Plan, slice]] = {}
-        self._news = None
+        self._watch = nonfinite.Watch()
         self.skipped_steps = 0
 
     def _decide_what_is_scaled(self) -> None:

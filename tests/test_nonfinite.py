@@ -166,3 +166,48 @@ def test_e_changes_nothing_where_a_number_is_not_finite(where: str, nonfinite: s
         assert optimizer.skipped_steps == 1
     after = (params, optimizer.state_dict()["state"])
     torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_was_raised_is_raised_again_before_a_checkpoint_until_a_step_or_a_load() -> None:
+    params = layers()
+    optimizer = make(params)
+    set_gradients(params, 1)
+    optimizer.step()
+    optimizer.raise_nonfinite()
+    saved = copy.deepcopy(optimizer.state_dict())
+    spoil(params["bad"], {}, "gradient", math.nan)
+    for act in (optimizer.step, optimizer.raise_nonfinite, optimizer.raise_nonfinite):
+        with pytest.raises(FloatingPointError, match="step 2: bad has"):
+            act()
+    optimizer.load_state_dict(saved)
+    optimizer.raise_nonfinite()
+
+
+def test_what_to_do_is_chosen_anew_and_not_loaded() -> None:
+    """Otherwise a run could not follow the advice of the message."""
+    params = layers()
+    saved = make(params).state_dict()
+    optimizer = make(params, nonfinite="skip")
+    optimizer.load_state_dict(saved)
+    assert {group["nonfinite"] for group in optimizer.param_groups} == {"skip"}
+
+
+def test_finite_gradients_that_are_too_large_for_e_are_named() -> None:
+    params = layers()
+    optimizer = E(torch.optim.SGD(params.items(), lr=0.1))
+    set_gradients(params, 1)
+    params["good"].grad = torch.full_like(params["good"], 3e38)
+    with pytest.raises(FloatingPointError, match="E: step 1: not finite: good in its gradient"):
+        optimizer.step()
+
+
+def test_a_copy_of_e_goes_on_where_a_parameter_has_had_no_gradient_yet() -> None:
+    params = layers()
+    optimizer = E(torch.optim.AdamW(params.items()))
+    params["bad"].grad = torch.ones_like(params["bad"])
+    optimizer.step()
+    twin_params, twin = copy.deepcopy((params, optimizer))
+    for some, stepped in ((params, optimizer), (twin_params, twin)):
+        set_gradients(some, 1)
+        stepped.step()
+    assert all(torch.equal(params[name], twin_params[name]) for name in params)

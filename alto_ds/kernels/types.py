@@ -49,7 +49,7 @@ class Hyperparameters(NamedTuple):
 
 def largest_weight(dtype: torch.dtype) -> float:
     """What a weight may become under the guard: float32 may be rounded to bfloat16 later."""
-    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.bfloat16).max
+    return torch.finfo(torch.bfloat16 if dtype == torch.float32 else dtype).max
 
 
 class Batch(NamedTuple):
