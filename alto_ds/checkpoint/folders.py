@@ -18,10 +18,14 @@ def newest_first(folder: Path) -> list[str]:
     """Names of the checkpoints in a folder, broken ones included.
 
     They are the folders whose name ends in a number and does not begin with a dot. What ``latest``
-    names is a checkpoint under any name.
+    names is a checkpoint under any name. Converted ones, which hold a folder ``zero``, are none.
     """
     try:
-        found = [path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+        found = [
+            path.name
+            for path in folder.iterdir()
+            if path.is_dir() and path.name[0] != "." and not (path / "zero").is_dir()
+        ]
     except (FileNotFoundError, NotADirectoryError):
         return []
     numbered = [(number, name) for name in found if (number := number_of(name)) is not None]

@@ -77,7 +77,7 @@ def save(
         except CheckpointError:
             ranks.first(lambda: shutil.rmtree(unfinished, ignore_errors=True))
             raise
-        ranks.first(lambda: _remove_old(folder, keep, keep_every))
+        ranks.first(lambda: _remove_old(folder, tag, keep, keep_every))
 
 
 def _check_client_state(client_state: dict[str, Any]) -> None:
@@ -180,10 +180,14 @@ def seal(unfinished: Path, manifest: Manifest) -> None:
     flush(unfinished)
 
 
-def _remove_old(folder: Path, keep: int, keep_every: int | None) -> None:
-    """Remove all whole checkpoints but the newest, and those that stay for ever."""
+def _remove_old(folder: Path, tag: str, keep: int, keep_every: int | None) -> None:
+    """Remove all whole checkpoints but the newest, and those that stay for ever.
+
+    What is newer than ``tag``, the one just written, was skipped when the run was resumed.
+    """
     whole = 0
-    for name in newest_first(folder):
+    names = newest_first(folder)
+    for name in names[names.index(tag) :]:
         number = number_of(name)
         stays = number is None or (keep_every is not None and number % keep_every == 0)
         if (stays and whole >= keep) or not has_all_sizes(folder / name):
