@@ -269,6 +269,13 @@ CASES: dict[str, NonfiniteCase] = {
         ),
         layers=("embedding.weight",),
     ),
+    # Two ranks share no part of the damaged copy, but other layers with its holders.
+    "damaged-column-of-a-mesh": NonfiniteCase(
+        measures=run_damaged,
+        trains=dtensor_cases.CASES["fsdp2-tp"],
+        layer="norm.weight",
+        places=ALTO_PLACES[1:],
+    ),
     # Nothing is sent here: a state of one rank alone is that rank's error.
     "damaged-replica": NonfiniteCase(
         measures=run_damaged,

@@ -20,8 +20,13 @@ def rows(measures: Any) -> list[Any]:
     return [
         pytest.param(case.worlds[0], name, id=name)
         for name, case in CASES.items()
-        if case.measures is measures and name != "damaged-replica"
+        if case.measures is measures and name not in ("damaged-replica", "damaged-column-of-a-mesh")
     ]
+
+
+def place(row: dict[str, Any]) -> str:
+    """As messages call it."""
+    return row["place"] if row["place"] in ("gradient", "weight") else f"state {row['place']}"
 
 
 @pytest.mark.parametrize(("world_size", "name"), rows(run_damaged))
@@ -37,10 +42,9 @@ def test_all_ranks_raise_together_and_nothing_that_is_not_finite_is_written(
         row, *others = told if "hsdp" not in name else told[2:]  # a replica knows of itself only
         # E has changed nothing, and so has not counted the step.
         step = 2 if name.startswith("damaged-e-") else row["step"]
-        place = row["place"] if row["place"] in ("gradient", "weight") else f"state {row['place']}"
         assert f"step {step}: " in row["message"]
         assert LAYER_IN_MESSAGES.search(row["message"])
-        assert place in row["message"]
+        assert place(row) in row["message"]
         assert f"(rank {row['victim']})" in row["message"]
         for other in others:
             assert other["message"] == row["message"]
@@ -55,6 +59,23 @@ def test_a_skipped_step_changes_nothing_and_the_next_is_exact(world_size: int, n
         calls = 1 if name == "skipped-fsdp2" else len(CASES[name].layers)  # of optimizer.step()
         assert rank["skipped"] == calls
         assert rank["different"] == 0
+
+
+def test_ranks_that_share_other_layers_with_the_holders_are_told_who_knows_more() -> None:
+    ranks = measured(4, "damaged-column-of-a-mesh")
+    for told in zip(*(rank["rows"] for rank in ranks), strict=True):
+        victim = told[0]["victim"]
+        knows = {rank for rank in range(4) if rank % 2 == victim % 2}  # the victim's column
+        for rank, row in enumerate(told):
+            if rank in knows:
+                assert (
+                    f"norm.weight has numbers that are not finite in its {place(row)}"
+                    in (row["message"])
+                )
+            else:
+                assert f"rank {victim} has found numbers" in row["message"]
+                assert "in layers of which this rank has no part" in row["message"]
+            assert row["spread"] == 0
 
 
 def test_a_replica_that_is_damaged_alone_raises_alone() -> None:
