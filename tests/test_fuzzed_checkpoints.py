@@ -11,18 +11,22 @@ from random import Random
 from typing import Any, NamedTuple
 
 import pytest
-import torch.distributed as dist
 from hypothesis import HealthCheck, event, given
 from hypothesis import settings as hypothesis_settings
 from torch import Tensor
 
 pytest.importorskip("deepspeed")
 
-import deepspeed
-
 from alto_ds.checkpoint.deepspeed_files import problem_of_archive, problem_of_pickle
 from alto_ds.checkpoint.manifest import FILE
-from tests.faults.harness import equal, make_engine, save_steps, snapshot, try_resume
+from tests.faults.harness import (
+    equal,
+    make_engine,
+    one_rank,
+    save_steps,
+    snapshot,
+    try_resume,
+)
 from tests.fuzzing import CHANCES, mutated
 
 FUZZED = hypothesis_settings(
@@ -46,15 +50,8 @@ class Saved(NamedTuple):
 
 @pytest.fixture(scope="module")
 def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Of this process alone."""
-    store = f"file://{tmp_path_factory.mktemp('store')}/store"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_RANK", "0")
-        patch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
-        dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-        deepspeed.init_distributed(dist_backend="gloo")
+    with one_rank(tmp_path_factory.mktemp("store")):
         yield
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from alto_ds.checkpoint.deepspeed_files import MODEL_FILES, OPTIMIZER_FILES, rea
 from alto_ds.checkpoint.folders import newest_first
 from alto_ds.checkpoint.manifest import flush
 from alto_ds.checkpoint.ranks import CheckpointError
-from alto_ds.checkpoint.saving import WRITING, naming, seal
-from alto_ds.checkpoint.shape import shape_of_files
+from alto_ds.checkpoint.saving import naming, seal
+from alto_ds.checkpoint.shape import Shape, problem_of_count, shape_of_files
 from alto_ds.checkpoint.verifying import problem_of_checkpoint
 from alto_ds.states import EXP_AVG, EXP_AVG_SQ
 
@@ -33,6 +33,7 @@ ADAM = (EXP_AVG, EXP_AVG_SQ)  # the states that DeepSpeed's converter knows
 PARAMETERS = "zero"  # folder of a folder for each parameter, with a file for each state
 COMMON = f"{PARAMETERS}/optimizer_state.pt"  # what is not of one parameter, such as the groups
 SCALARS = "scalars.pt"  # by parameter and name, its states that are one number; not of DeepSpeed
+WORKING = ".converting-"  # not as saving's, which removes what it finds
 INFO = "universal_checkpoint_info"  # how tensor parallelism cuts the parameters
 
 
@@ -54,11 +55,16 @@ def convert(source: Path, out: Path) -> Path:
         raise CheckpointError(f"{out} is there already; name a folder that is not")
     checkpoint = _newest_whole(source)
     _check(checkpoint)
-    working = out.parent / f"{WRITING}{out.name}"
+    working = out.parent / f"{WORKING}{out.name}"
+    try:
+        shutil.rmtree(working, ignore_errors=True)
+        working.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{out} cannot be made: {error.strerror}; name another folder"
+        ) from error
     try:
         with naming(out.parent, f"DeepSpeed's converter of {checkpoint}"):
-            shutil.rmtree(working, ignore_errors=True)
-            working.mkdir(parents=True)
             converted = working / out.name
             _convert(checkpoint, converted)
             seal(converted, {})
@@ -100,11 +106,10 @@ def _check(checkpoint: Path) -> None:
             f"{checkpoint} was written at ZeRO stage 0, which does not say whose the states are; "
             "go on at stage 0, on any number of ranks, or write a checkpoint at stage 1 to 3"
         )
-    found, wanted = len(_files(checkpoint, OPTIMIZER_FILES)), shape.ranks * shape.tensor_parallel
-    if found != wanted:
-        raise CheckpointError(
-            f"{checkpoint} has {found} files {OPTIMIZER_FILES} in place of {wanted}"
-        )
+    problem = problem_of_count(checkpoint, shape)
+    if problem is not None:
+        raise CheckpointError(f"{checkpoint} cannot be converted: {problem}")
+    _check_names(checkpoint, shape)
     first = read(_files(checkpoint, OPTIMIZER_FILES)[0])
     config = first["ds_config"] if isinstance(first.get("ds_config"), dict) else {}
     zero = config.get("zero_optimization", {})
@@ -120,6 +125,34 @@ def _check(checkpoint: Path) -> None:
             f"{checkpoint} was written with tensor parallelism and does not say how it cuts the "
             f'parameters; save with client_state={{"{INFO}": ...}}, as Megatron-DeepSpeed does'
         )
+
+
+def _check_names(checkpoint: Path, shape: Shape) -> None:
+    """Read every file once as nothing is executed, and refuse names that would leave ``out``."""
+    names: set[str] = set()
+    for path in _files(checkpoint, MODEL_FILES):
+        model = read(path)
+        trained = {name for shapes in model["param_shapes"] for name in shapes}
+        frozen = set(model.get("frozen_param_shapes") or ())
+        names |= trained | frozen
+        known = trained | frozen | {*model["buffer_names"], *(model.get("shared_params") or ())}
+        lost = sorted(model["module"].keys() - known) if shape.stage == 3 else ()
+        if lost:
+            raise CheckpointError(
+                f"{checkpoint} has only a part of {lost[0]}, which is trained in name but in no "
+                "parameter group; set its requires_grad to False, or put it into a group"
+            )
+    for path in _files(checkpoint, OPTIMIZER_FILES):
+        content = read(path)
+        names |= {key for state in _states(content).values() for key in state}
+        mappings = content["optimizer_state_dict"].get("param_slice_mappings") or ()
+        names |= {name for mapping in mappings for name in mapping}
+    for name in names:
+        if not isinstance(name, str) or "/" in name or name in ("", ".", ".."):
+            raise CheckpointError(
+                f"{checkpoint} names a layer or state {name!r}, which cannot be a file's name; "
+                "do not load this checkpoint if it is not your own"
+            )
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:

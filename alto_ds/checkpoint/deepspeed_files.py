@@ -123,8 +123,11 @@ def read(path: Path) -> Any:
     problem = problem_of_pickle(path)
     if problem is not None:
         raise CheckpointError(problem)
-    with torch.serialization.safe_globals(SAFE):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        with torch.serialization.safe_globals(SAFE):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # wrong bytes make the unpickler raise anything
+        raise CheckpointError(f"{path.name} cannot be read: {_first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -135,6 +138,14 @@ def standing_in(engine: Any, other: Any) -> Iterator[None]:
         yield
     finally:
         engine.checkpoint_engine = own
+
+
+def optimizers_of(engine: Any) -> Iterator[Any]:
+    """DeepSpeed's wrapper of the optimizer, what is inside it, and so on to the innermost."""
+    optimizer = engine.optimizer
+    while optimizer is not None:
+        yield optimizer
+        optimizer = getattr(optimizer, "optimizer", None)
 
 
 def unsafe_names(file: Path | BinaryIO) -> list[str]:

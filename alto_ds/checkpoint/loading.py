@@ -51,9 +51,13 @@ def load_universal(engine: Any, folder: Path, states: bool = True) -> dict[str, 
 
     Raises:
         CheckpointError: on all ranks, where it is not whole, is of another model or of other
-            parameter groups, or the engine keeps its states on NVMe.
+            parameter groups, or the engine has been stepped or keeps its states on NVMe.
     """
     check_engine(engine)
+    if engine.global_steps > 0:
+        raise CheckpointError(
+            f"this engine has taken or loaded {engine.global_steps} steps; load into a new one"
+        )
     with Ranks() as ranks:
         manifest = ranks.first(lambda: _converted(folder))
         problem = problem_on_ranks(ranks, folder, manifest)
@@ -125,13 +129,15 @@ def _load(engine: Any, folder: Path, states: bool) -> dict[str, Any]:
             f"{folder} has {len(saved)} parameter groups, and the optimizer {len(groups)}; make "
             "them as they were, or start the states anew"
         )
+    if states:
+        _check_groups(engine, holders, model["param_shapes"], folder)
     for holder in holders:
         files.read_into(holder, MASTER, holder.tensors)
         if states:
             _load_states(base, holder, files)
     if states:
         for group, settings in zip(groups, saved, strict=True):
-            hidden = ("params", "param_names")
+            hidden = ("params", "param_names", "nonfinite")
             group.update({key: value for key, value in settings.items() if key not in hidden})
     trained = {layer.param for holder in holders for layer in holder.layout.layers}
     for param in _names(engine).keys() - trained:
@@ -141,6 +147,30 @@ def _load(engine: Any, folder: Path, states: bool) -> dict[str, Any]:
             buffer.data.copy_(model["module"][name])
     _load_rest(engine, common, model, states)
     return {key: value for key, value in model.items() if key not in OWN}
+
+
+def _check_groups(engine: Any, holders: list[_Holder], saved: Any, folder: Path) -> None:
+    """Refuse groups of other layers, or in another order: their settings would be swapped.
+
+    Args:
+        engine: DeepSpeed's engine.
+        holders: of the engine's groups, or ZeRO-3's parts of groups.
+        saved: by group, or ZeRO-3's part of a group, the layers that the checkpoint has.
+        folder: of the checkpoint.
+    """
+    names, places = _names(engine), getattr(engine.optimizer, "sub_group_to_group_id", {})
+    group_of = {
+        names[layer.param]: places.get(number, number)
+        for number, holder in enumerate(holders)
+        for layer in holder.layout.layers
+    }
+    found = [{group_of.get(name, -1) for name in part} for part in saved if part]
+    order = [group for groups in found for group in groups]
+    if len(order) > len(found) or -1 in order or order != sorted(order):
+        raise CheckpointError(
+            f"{folder} has other layers in its parameter groups than the optimizer, or the groups "
+            "in another order; make them as they were, or start the states anew"
+        )
 
 
 def _load_states(base: Any, holder: _Holder, files: _Files) -> None:
@@ -184,10 +214,7 @@ def _load_rest(engine: Any, common: Any, model: Any, states: bool) -> None:
     if scheduler is not None and model["lr_scheduler"] is not None:
         scheduler.load_state_dict(model["lr_scheduler"])
         if not states:
-            is_deepspeeds = hasattr(scheduler, "last_batch_iteration")
-            rates = scheduler.get_lr() if is_deepspeeds else scheduler.get_last_lr()
-            for group, rate in zip(engine.basic_optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+            set_rates(engine)
     was_half = dtype_of(model) == "float16"
     if was_half and engine.fp16_enabled() and hasattr(wrapper, "loss_scaler"):
         wrapper.loss_scaler = common["loss_scaler"]
@@ -195,6 +222,15 @@ def _load_rest(engine: Any, common: Any, model: Any, states: bool) -> None:
     engine.global_steps = model["global_steps"]
     engine.global_samples = model["global_samples"]
     engine.skipped_steps = model["skipped_steps"]
+
+
+def set_rates(engine: Any) -> None:
+    """Give the optimizer's groups the learning rates that the schedule has come to."""
+    scheduler = engine.lr_scheduler
+    is_deepspeeds = hasattr(scheduler, "last_batch_iteration")
+    rates = scheduler.get_lr() if is_deepspeeds else scheduler.get_last_lr()
+    for group, rate in zip(engine.basic_optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def _update_model(wrapper: Any) -> None:

@@ -74,8 +74,10 @@ def read(folder: Path) -> Manifest | None:
     """The manifest of a checkpoint; None where there is none.
 
     Raises:
-        BrokenManifestError: it is not as it was written.
+        BrokenManifestError: it is not as it was written, or names what is not in the folder.
     """
+    if (folder / FILE).exists() and not (folder / FILE).is_file():
+        raise BrokenManifestError(f"{FILE} is no regular file")
     try:
         text = (folder / FILE).read_bytes()
     except FileNotFoundError:
@@ -85,6 +87,9 @@ def read(folder: Path) -> Manifest | None:
         table = found["files"]
         if found["crc32"] != zlib.crc32(json.dumps(table, sort_keys=True).encode()):
             raise ValueError("checksum")
+        for name in table:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError("outside")
         return {name: Entry(*values) for name, values in table.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise BrokenManifestError(f"{FILE} is not as it was written") from error

@@ -24,8 +24,6 @@ class Ranks:
 
     Args:
         raises: what is raised on all ranks where one has failed.
-        catches: the errors of one rank's work that all others learn of. Any other is not passed
-            on: its rank ends, and the others see a lost rank.
         patience: how long the work may take; by default as long as a collective. Otherwise they
             talk in a gloo group of their own.
 
@@ -37,11 +35,10 @@ class Ranks:
     def __init__(
         self,
         raises: type[Exception] = CheckpointError,
-        catches: tuple[type[Exception], ...] = (OSError, CheckpointError),
         patience: timedelta | None = None,
     ) -> None:
         self.number, self.count = dist.get_rank(), dist.get_world_size()
-        self._raises, self._catches = raises, catches
+        self._raises = raises
         self._group: Any = None
         if patience is not None:
             # Its own timeout comes later: a rank that never joins it is lost, not busy.
@@ -66,16 +63,21 @@ class Ranks:
 
         Raises:
             Exception: ``raises``, on all ranks, with the message of the first rank whose work
-                raised one of ``catches``.
+                raised anything.
         """
         try:
             result, error = work(), None
-        except self._catches as exception:
+        except Exception as exception:  # of any type: the others wait for this rank
             result, error = None, exception
-        for rank, message in enumerate(self.gather(None if error is None else f"{error}")):
+        for rank, message in enumerate(self.gather(None if error is None else self._told(error))):
             if message is not None:
                 raise self._raises(f"rank {rank}: {message}") from error
         return result  # type: ignore[return-value]  # None only where it has failed
+
+    def _told(self, error: Exception) -> str:
+        """Errors that are no refusals are of types that nobody foresaw, and are named by them."""
+        foreseen = isinstance(error, OSError | ValueError | RuntimeError | self._raises)
+        return f"{error}" if foreseen and f"{error}" else f"{type(error).__name__}: {error}"
 
     def together(self, work: Callable[[], T]) -> list[T]:
         """Let each rank work; what each returned, on all ranks. Raises as :meth:`each`."""

@@ -20,10 +20,10 @@ from alto_ds.checkpoint.deepspeed_files import (
     standing_in,
 )
 from alto_ds.checkpoint.folders import LATEST, latest_in, newest_first
-from alto_ds.checkpoint.loading import load_universal
+from alto_ds.checkpoint.loading import load_universal, set_rates
 from alto_ds.checkpoint.ranks import CheckpointError, Ranks
 from alto_ds.checkpoint.saving import REMOVING
-from alto_ds.checkpoint.shape import Shape, shape_of_engine, shape_of_files
+from alto_ds.checkpoint.shape import Shape, problem_of_count, shape_of_engine, shape_of_files
 from alto_ds.checkpoint.verifying import first_of, manifest_of, problem_on_ranks
 
 CONVERSION_TIMEOUT = timedelta(hours=24)  # of a large model, by one process
@@ -48,7 +48,7 @@ def exist(folder: Path) -> bool:
     return bool(newest_first(folder)) or latest_in(folder) is not None
 
 
-def resume(engine: Any, folder: Path, fresh_states: bool = False) -> Resumed | None:
+def resume(engine: Any, folder: Path, fresh_states: Any = None) -> Resumed | None:
     """Load the newest whole checkpoint into the engine. All ranks must call this together.
 
     Where it was written for another number of ranks, ZeRO stage or precision, rank 0 converts it
@@ -63,19 +63,22 @@ def resume(engine: Any, folder: Path, fresh_states: bool = False) -> Resumed | N
     numbers.
 
     Args:
-        engine: DeepSpeed's engine, not yet stepped.
+        engine: DeepSpeed's engine. One that has been stepped is refused where the checkpoint is
+            converted.
         folder: of the checkpoints; the ranks share it.
-        fresh_states: load weights, schedule and counters only, with the optimizer's states and
-            settings as they are in the engine; but load all from a checkpoint in whose
-            ``client_state`` "fresh_states" is true. So a run that saves that goes on with its new
-            states when the same command starts it again.
+        fresh_states: what the new states are for, such as the optimizer's settings; None where
+            none are new. Then weights, schedule and counters are loaded only, with the optimizer's
+            states and settings as they are in the engine; but all is loaded from a checkpoint in
+            whose ``client_state`` "fresh_states" equals this. So a run that saves that goes on
+            with its new states when the same command starts it again. A schedule where there was
+            none starts at 0.
 
     Returns:
         What was loaded; None where the folder has no checkpoint at all.
 
     Raises:
         CheckpointError: on all ranks, where there are checkpoints and none is whole, or it cannot
-            be converted.
+            be converted or give its weights alone.
     """
     check_engine(engine)
     with Ranks(patience=CONVERSION_TIMEOUT) as ranks:
@@ -96,16 +99,22 @@ def resume(engine: Any, folder: Path, fresh_states: bool = False) -> Resumed | N
         if latest != tag:
             _say([f"{LATEST} {f'names {latest}' if latest else 'is missing'}"], ranks)
         _say([f"resuming from {folder / tag}"], ranks)
-        fresh_states = fresh_states and not ranks.first(lambda: _is_fresh(folder / tag))
+        fresh = bool(fresh_states) and fresh_states != ranks.first(lambda: _fresh(folder / tag))
         shape, own = ranks.first(lambda: _shape(folder / tag)), shape_of_engine(engine)
-        if shape is not None and (fresh_states or not shape.fits(own)):
-            states = "with new optimizer states" if fresh_states else "with all optimizer states"
+        if fresh:
+            _check_fresh(folder / tag, shape, own)
+        states = "with new optimizer states" if fresh else "with all optimizer states"
+        if shape is not None and (not shape.fits(own) or (fresh and shape.stage > 0)):
             _say([f"{tag} was written on {shape}; it is converted to {own}, {states}"], ranks)
-            return Resumed(tag, _convert(engine, ranks, folder, tag, not fresh_states), skipped)
+            return Resumed(tag, _convert(engine, ranks, folder, tag, not fresh), skipped)
     with standing_in(engine, SafeReader(engine.checkpoint_engine)):
-        path, client_state = engine.load_checkpoint(str(folder), tag=tag)
+        path, client_state = engine.load_checkpoint(
+            str(folder), tag=tag, load_optimizer_states=not fresh
+        )
     if path is None:
         raise CheckpointError(f"DeepSpeed found nothing to load in {folder / tag}.")
+    if fresh and engine.lr_scheduler is not None:
+        set_rates(engine)
     return Resumed(tag, client_state, skipped)
 
 
@@ -117,17 +126,32 @@ def _shape(checkpoint: Path) -> Shape | None:
         return None
 
 
-def _is_fresh(checkpoint: Path) -> bool:
-    """Whether the run had new states when it saved."""
-    return bool(read(min(checkpoint.glob(MODEL_FILES))).get("fresh_states", False))
+def _check_fresh(checkpoint: Path, shape: Shape | None, own: Shape) -> None:
+    """Refuse checkpoints whose weights cannot be loaded without their states."""
+    if shape is None:
+        raise CheckpointError(
+            f"{checkpoint} does not tell how it was written, such as that of a PipelineModule, and "
+            "cannot be loaded with new optimizer states; go on without fresh_states"
+        )
+    if shape.stage == 0 and (not shape.fits(own) or own.dtype != "float32"):
+        raise CheckpointError(
+            f"{checkpoint} was written on {shape}, and can be loaded with new optimizer states "
+            "only at ZeRO stage 0 in float32; go on without fresh_states"
+        )
+
+
+def _fresh(checkpoint: Path) -> Any:
+    """For what the states were new when the run saved; None where they were not."""
+    return read(min(checkpoint.glob(MODEL_FILES))).get("fresh_states")
 
 
 def _convert(engine: Any, ranks: Ranks, folder: Path, tag: str, states: bool) -> dict[str, Any]:
     """Load a checkpoint of another shape; what was converted is removed afterwards."""
-    converted = folder / f"{REMOVING}universal-{tag}"  # which the next save removes, too
+    place = folder / f"{REMOVING}universal-{tag}"  # which the next save removes, too
+    converted = place / tag
 
     def remove() -> None:
-        ranks.first(lambda: shutil.rmtree(converted, ignore_errors=True))
+        ranks.first(lambda: shutil.rmtree(place, ignore_errors=True))
 
     remove()
     try:
@@ -157,6 +181,8 @@ def _newest_whole(
             shape = ranks.first(functools.partial(_shape, folder / name))
             if shape is None or shape.fits(shape_of_engine(engine)):
                 problem = first_of(ranks.gather(missing(engine, folder, name)))
+            else:
+                problem = ranks.first(functools.partial(problem_of_count, folder / name, shape))
         if problem is None:
             newer = names[: names.index(name)]
             reason = f"it has no {manifests.FILE}, and {name} has been verified"

@@ -15,7 +15,13 @@ import torch
 import torch.distributed as dist
 
 from alto_ds.checkpoint import manifest as manifests
-from alto_ds.checkpoint.deepspeed_files import Recorder, check_engine, standing_in, unsafe_names
+from alto_ds.checkpoint.deepspeed_files import (
+    Recorder,
+    check_engine,
+    optimizers_of,
+    standing_in,
+    unsafe_names,
+)
 from alto_ds.checkpoint.folders import LATEST, newest_first, number_of
 from alto_ds.checkpoint.manifest import (
     BrokenManifestError,
@@ -59,6 +65,8 @@ def save(
         ValueError: ``tag``, ``keep`` or ``keep_every`` is none of the above.
         CheckpointError: on all ranks, where one of them could not write, or ``tag`` is there
             already and whole. What was begun is removed.
+        FloatingPointError: on all ranks, where ALTO has found numbers that are not finite, which
+            on accelerators it says one step late.
     """
     number = number_of(tag)
     if number is None or Path(tag).name != tag or tag.startswith("."):
@@ -67,6 +75,8 @@ def save(
         raise ValueError(f"keep={keep} and keep_every={keep_every} must be at least 1")
     check_engine(engine)
     unfinished = folder / f"{WRITING}{tag}"
+    with Ranks(FloatingPointError) as ranks:
+        ranks.each(lambda: _raise_nonfinite(engine))
     with Ranks() as ranks:
         ranks.together(lambda: _check_client_state(client_state or {}))
         _make_way(ranks, folder / tag)
@@ -78,6 +88,12 @@ def save(
             ranks.first(lambda: shutil.rmtree(unfinished, ignore_errors=True))
             raise
         ranks.first(lambda: _remove_old(folder, tag, keep, keep_every))
+
+
+def _raise_nonfinite(engine: Any) -> None:
+    for optimizer in optimizers_of(engine):
+        if hasattr(optimizer, "raise_nonfinite"):
+            optimizer.raise_nonfinite()
 
 
 def _check_client_state(client_state: dict[str, Any]) -> None:

@@ -72,10 +72,18 @@ def shape_of_files(folder: Path) -> Shape:
             accumulates="zero_stage" not in state,
             dtype=dtype_of(model),
         )
-    except (KeyError, TypeError, AttributeError, StopIteration) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
         raise CheckpointError(
             f"{folder} is not what DeepSpeed's save_checkpoint writes ({error!r})"
         ) from error
+
+
+def problem_of_count(folder: Path, shape: Shape) -> str | None:
+    """Whether files of the optimizer's states are missing, or there are more than ranks."""
+    found, wanted = len(list(folder.glob(OPTIMIZER_FILES))), shape.ranks * shape.tensor_parallel
+    if shape.stage == 0 or found == wanted:
+        return None
+    return f"it has {found} files {OPTIMIZER_FILES} in place of {wanted}"
 
 
 def dtype_of(model: Mapping[str, Any]) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from alto_ds.checkpoint import manifest as manifests
-from alto_ds.checkpoint.deepspeed_files import problem_of_archive, problem_of_pickle
+from alto_ds.checkpoint.deepspeed_files import problem_of_archive, read
 from alto_ds.checkpoint.manifest import BrokenManifestError, Manifest, problem_of
-from alto_ds.checkpoint.ranks import Ranks
+from alto_ds.checkpoint.ranks import CheckpointError, Ranks
 
 NO_FILES = "it has no files"
 
@@ -57,10 +57,23 @@ def _files_of(folder: Path, manifest: Manifest | None) -> list[str]:
 def _problem_of_files(folder: Path, manifest: Manifest | None, names: list[str]) -> str | None:
     problem = None
     for name in names:
-        if manifest is None:
+        if (folder / name).exists() and not (folder / name).is_file():
+            problem = problem or f"{name} is no regular file"  # may have no end
+        elif manifest is None:
             problem = problem or problem_of_archive(folder / name)
         elif name in manifest:
             problem = problem or problem_of(folder / name, manifest[name])
         if name.endswith(".pt"):
-            problem = problem or problem_of_pickle(folder / name)
+            problem = problem or _problem_of_reading(folder / name)
     return problem
+
+
+def _problem_of_reading(path: Path) -> str | None:
+    try:
+        content = read(path)
+    except CheckpointError as error:
+        return str(error)
+    is_deepspeeds = path.name.endswith("_states.pt")
+    return (
+        f"{path.name} holds no dictionary" if is_deepspeeds and type(content) is not dict else None
+    )

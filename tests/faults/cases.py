@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from alto_ds.checkpoint import save
 from alto_ds.checkpoint.manifest import FILE, Manifest, entry_of, read, write
 from tests.faults.harness import (
     equal,
@@ -317,6 +318,19 @@ def refused(folder: Path) -> dict[str, str]:
     }
 
 
+def one_rank_raises(folder: Path) -> str:
+    """Only rank 1 fails, by an error that nobody foresaw."""
+    engine = make_engine(2)
+    nothing: dict[str, str] = {}
+    if dist.get_rank() == 1:
+        engine.basic_optimizer.raise_nonfinite = lambda: nothing["unforeseen"]
+    try:
+        save(engine, folder, "step1")
+    except FloatingPointError as error:
+        return str(error)
+    return ""
+
+
 CASES: dict[str, Callable[[Path], Any]] = {
     **{f"damage-zero{stage}": damage_each_file(stage, True) for stage in range(4)},
     "damage-no-manifest": damage_each_file(2, False),
@@ -327,5 +341,6 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "full-disk": on_tmpfs(2 * MIB, full_disk),
     "read-only": on_tmpfs(2 * MIB, read_only),
     "one-rank-fails": one_rank_fails,
+    "one-rank-raises": one_rank_raises,
     "refused": refused,
 }

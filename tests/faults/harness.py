@@ -84,6 +84,19 @@ def main(folder: Path, only: list[str]) -> None:
     os._exit(0)  # in an orderly end PyTorch aborts now and then, in a thread of gloo
 
 
+@contextlib.contextmanager
+def one_rank(folder: Path) -> Iterator[None]:
+    """A process group of this process alone, which meets in a file in an empty folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        patch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
+        patch.setattr(deepspeed.utils.groups, "_WORLD_GROUP", None)  # of the module before
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        deepspeed.init_distributed(dist_backend="gloo")
+        yield
+        dist.destroy_process_group()
+
+
 def make_engine(stage: int, **config: Any) -> Any:
     """A small model in DeepSpeed's engine, always the same."""
     torch.manual_seed(1)

@@ -120,6 +120,10 @@ def test_an_error_of_one_rank_is_raised_on_all(stage: int) -> None:
         assert again == ""
 
 
+def test_an_error_of_one_rank_of_any_type_is_raised_on_all() -> None:
+    assert seen("one-rank-raises") == ["rank 1: KeyError: 'unforeseen'"] * 2
+
+
 def test_what_cannot_be_made_whole_is_refused_by_name() -> None:
     parts: dict[str, Any] = {
         "writer": "DeepSpeed's FastCheckpointEngine",
