@@ -10,6 +10,8 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
     exit 1
 fi
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+if [ "$gpus" -eq 0 ]; then export DS_ACCELERATOR=cpu; fi
+if [ -n "${ALTO_DS_INSTALLED:-}" ]; then return; fi # the caller's environment has all that is needed
 
 # `install ENVIRONMENT PACKAGES...` by pip, with a build of PyTorch that fits the machine.
 install() {
@@ -31,4 +33,3 @@ fi
 export PATH="$PWD/.venv/bin:$PATH"
 # The cache is keyed by the version of Python alone, so environments must not share it.
 export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions"
-if [ "$gpus" -eq 0 ]; then export DS_ACCELERATOR=cpu; fi

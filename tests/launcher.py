@@ -74,14 +74,14 @@ def run(ranks: int, *command: str, folder: Path, fails: bool = False) -> str:
 
 
 def run_cases(ranks: int, module: str, *arguments: str, seconds: float) -> tuple[int, str]:
-    """Run a module of cases on ``ranks`` CPU ranks.
+    """Run a module of cases on ``ranks`` CPU ranks, or GPUs where SHARDING_DEVICE is "cuda".
 
     Returns:
         The exit status, and the end of what the ranks have printed.
     """
     finished = subprocess.run(
         [*torchrun(ranks), "-m", module, *arguments],
-        env=os.environ | CPU,
+        env=os.environ | (CPU if os.environ.get("SHARDING_DEVICE") != "cuda" else {}),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

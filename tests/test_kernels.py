@@ -208,6 +208,39 @@ def test_the_triton_kernel_gives_the_references_bits(
     check_against_reference(kernel, batch, scalars)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e25])
+@pytest.mark.parametrize("column", range(5))
+@pytest.mark.parametrize("state", [FP32, BF16])
+def test_the_triton_kernel_keeps_out_what_is_not_finite(
+    state: torch.dtype, column: int, value: float
+) -> None:
+    """As the reference: no state becomes anything but finite, no weight of the layer changes."""
+    kernel = load_triton()
+    found = [Fragment(0, 3, 5000, 7, 0, True), Fragment(0, 5010, 40, 0, 1, True)]
+    batch = make_batch(found, FP32, state, 1, "cuda" if GPU else "cpu")
+    columns_of(batch)[column][0][3 + 2345] = value
+    before, expected = copy_of(batch), copy_of(batch)
+    sums = torch.zeros(2, 2, dtype=torch.float64, device=batch.params[0].device)
+    right_sums = sums.clone()
+    for one, into, kernel_ in ((batch, sums, kernel), (expected, right_sums, reference)):
+        kernel_.update_states(one, hyperparameters(), into)
+        # Of a layer whose sums are not finite the step size is 0.
+        sizes = into.isfinite().all(1).to(torch.float64) * 0.01
+        kernel_.apply_update(one, hyperparameters(), sizes)
+    assert torch.equal(sums.isfinite().all(1), right_sums.isfinite().all(1))
+    fine = sums[0].isfinite().all()
+    assert not fine or value == 1e25
+    assert sums[1].isfinite().all()
+    for after, then, right in zip(*map(columns_of, (batch, before, expected)), strict=True):
+        assert torch.equal(after[0].isfinite(), then[0].isfinite())
+        assert torch.allclose(after[0][5010:5050], right[0][5010:5050], rtol=1e-6)
+        bad_block = slice(3 + 2048, 3 + 4096)
+        if not fine:
+            assert bits([after[0][bad_block]]) == bits([then[0][bad_block]])
+    if not fine:
+        assert bits([batch.params[0][3:5003]]) == bits([before.params[0][3:5003]])
+
+
 @pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
 def test_bf16_parameters_are_rounded_to_nearest_even(name: str) -> None:
     """Of all parameters there are, 3/4 is taken, which falls half-way for every fourth of them."""

@@ -24,7 +24,7 @@ import torch
 
 BENCHMARKS = (
     *("startup", "steps", "memory", "growth", "collectives", "training", "checkpoints"),
-    "long_run",
+    *("long_run", "throughput"),
 )
 
 

@@ -22,11 +22,12 @@ from torch.optim import Optimizer
 from alto_ds import ALTO
 from alto_ds.layout import Layout, resolve
 
-SIZES = {"gpt2": (12, 768), "gpt2-medium": (24, 1024)}  # blocks, hidden size
+# Blocks and hidden size; the first is for rehearsals.
+SIZES = {"gpt2-tiny": (2, 64), "gpt2": (12, 768), "gpt2-medium": (24, 1024)}
 
 
 def gpt2_shapes(model: str) -> list[tuple[int, ...]]:
-    """Shapes of all parameters: 124M for gpt2, 355M for gpt2-medium ("345M")."""
+    """Shapes of all parameters: 124M for gpt2, 355M for gpt2-medium ("345M"), 3M for gpt2-tiny."""
     blocks, hidden = SIZES[model]
     norm = [(hidden,), (hidden,)]
     attention = [(hidden, 3 * hidden), (3 * hidden,), (hidden, hidden), (hidden,)]

@@ -17,7 +17,7 @@ from alto_ds.kernels import triton as kernels
 TYPES = {
     **dict.fromkeys(("addresses", "fragments", "blocks", "first_blocks"), "*i64"),
     **dict.fromkeys(("partial_sums", "sums", "step_sizes"), "*fp64"),
-    "noise_key": "i32",
+    "rounding_key": "i32",
 }
 
 
@@ -42,8 +42,9 @@ def main() -> None:
     ):
         common = {"PARAM": param, "STATE": state, "BLOCK": kernels._BLOCK}
         found.append(compiled(kernels._apply_update, common))
-        for grad, correct in ((param, True), (param, False), (tl.float32, True)):
-            constants = common | {"GRAD": grad, "CORRECT": correct}
+        kinds = ((param, True, True), (param, False, True), (tl.float32, True, False))
+        for grad, correct, guard in kinds:
+            constants = common | {"GRAD": grad, "CORRECT": correct, "GUARD": guard}
             found.append(compiled(kernels._update_states, constants))
     print(json.dumps(found))
 

@@ -117,7 +117,11 @@ def main(folder: Path, only: list[str]) -> None:
     """Run the cases of this launch on this rank."""
     faulthandler.dump_traceback_later(TIME_LIMIT, exit=True)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    backend = "gloo"
+    if os.environ.get("SHARDING_DEVICE") == "cuda":  # one rank for each GPU
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend, timeout=timedelta(seconds=60))
     todo = cases(dist.get_world_size(), only)
     if "deepspeed" in sys.modules:
         prepare_deepspeed()

@@ -105,7 +105,7 @@ def assemble(
         For each key the layers ``[..., *shape]`` by their names.
     """
     mine = [
-        (key, p.name, p.start, value.detach()[..., p.offset : p.offset + p.length].clone())
+        (key, p.name, p.start, value.detach()[..., p.offset : p.offset + p.length].cpu().clone())
         for key, tensors in values.items()
         for tensor, value in tensors.items()
         for p in pieces[tensor]

@@ -363,6 +363,9 @@ def run_misled(case: ZeroCase, _: Path) -> dict[str, Any]:
 BF16 = {"bf16": {"enabled": True}}
 BF16_ACCUMULATED_IN_BF16 = BF16 | {"data_types": {"grad_accum_dtype": "bf16"}}
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8}}
+BF16_MASTERS = {
+    "bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+}
 BF16_STATES = {"state_dtype": "bf16"}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 ZERO1, ZERO2 = {"stage": 1}, {"stage": 2}
@@ -436,6 +439,11 @@ CASES: dict[str, ZeroCase] = {
         **EVERYWHERE, zero=ZERO2 | OFFLOAD, config=BF16, optimizer=BF16_STATES
     ),
     "zero3-bf16-states": ZeroCase(**LAYOUT, zero=ZERO3, optimizer=BF16_STATES, wrapper=STAGE3),
+    "zero1-bf16-masters": ZeroCase(**EXACT, zero=ZERO1, config=BF16_MASTERS),
+    "zero2-bf16-masters": ZeroCase(**EXACT, zero=ZERO2, config=BF16_MASTERS, optimizer=BF16_STATES),
+    "zero3-bf16-masters": ZeroCase(
+        **EXACT, zero=ZERO3, config=BF16_MASTERS, optimizer=BF16_STATES, wrapper=STAGE3
+    ),
     "e-zero0-fp32": ZeroCase(**EXACT, optimizer_type="E", wrapper="E", sharded=False),
     "e-zero1-bf16-fp32-accumulation": ZeroCase(**EXACT, **BF16_OPTIMIZER, optimizer_type="E"),
     "e-zero2-bf16": ZeroCase(**EXACT, zero=ZERO2, config=BF16, optimizer_type="E"),
