@@ -25,9 +25,12 @@ from alto_ds.pretrain.effective import lines_of_engine, lines_of_settings
 from alto_ds.pretrain.environment import is_first_of_node
 from alto_ds.pretrain.exits import ExitStatus
 from alto_ds.pretrain.identity import (
+    STATES,
     check_identity,
+    check_states,
     identity_of,
     make_checkpoints_folder,
+    settings_of_states,
     write_identity,
 )
 from alto_ds.pretrain.lock import one_run
@@ -106,9 +109,13 @@ def _pretrain(settings: Settings, check_lock: Callable[[Path], None]) -> ExitSta
         writes and checkpoint.exist(saved), lambda: check_identity(folder, identity, fresh_states)
     )
     on_ranks(writes, lambda: make_checkpoints_folder(saved))
-    resumed = checkpoint.resume(engine, saved, fresh_states)
+    of_states = settings_of_states(identity)
+    fresh_for = of_states if fresh_states else None
+    resumed = checkpoint.resume(engine, saved, fresh_for)
     if resumed is not None:
-        step = resumed.client_state["step"]
+        tag, client_state, _ = resumed
+        step = client_state["step"]
+        on_ranks(not fresh_states, lambda: check_states(tag, client_state, of_states))
     metrics = on_ranks(True, lambda: Metrics(folder, step, settings.steps, writes))
     assert metrics is not None
 
@@ -122,14 +129,14 @@ def _pretrain(settings: Settings, check_lock: Callable[[Path], None]) -> ExitSta
             engine,
             saved,
             f"step{step:07d}",
-            {"step": step, "fresh_states": fresh_states},
+            {"step": step, "fresh_states": fresh_for, STATES: of_states},
             keep=settings.run.keep_checkpoints,
             keep_every=settings.run.keep_every,
         )
         last_saved = step
 
     try:
-        step, status = train(engine, data, settings, step, metrics, save)
+        step, status, loss = train(engine, data, settings, step, metrics, save)
     except FloatingPointError as error:
         good = f"step {last_saved}, in {saved}" if last_saved else "none: no step was saved"
         raise FloatingPointError(
@@ -141,7 +148,8 @@ def _pretrain(settings: Settings, check_lock: Callable[[Path], None]) -> ExitSta
         return status
     check_lock(saved)
     save_model(engine, data.tokenizer, folder / "model")
-    loss = evaluate(engine, data.validation)
+    if loss is None:  # all steps had been done before
+        loss = evaluate(engine, data.validation)
     metrics.draw()
     if writes:
         print(
@@ -255,9 +263,21 @@ def _parser() -> _Parser:
     run.add_argument(
         "--fresh_states",
         action="store_true",
-        help="go on with new states of the optimizer, which may be another; once, until the run "
-        "is started without this option",
+        help="go on with new states of the optimizer, which may be another; once for the same "
+        "settings, until the run is started without this option; a scheduler where there was none "
+        "starts at 0",
     )
+    run.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="the model and its loss (default: where that pays)",
+    )
+    run.add_argument(
+        "--activation_checkpointing",
+        action="store_true",
+        help="compute each block again for its gradient, to save memory",
+    )
+    run.add_argument("--profile", type=int, help="steps to record, in profile.json.gz")
     run.add_argument("--dropout", type=float, help="of GPT-2's three kinds")
     run.add_argument("--seed", type=int, help="of weights, order and dropout")
     run.add_argument(

@@ -14,6 +14,10 @@ from alto_ds.pretrain.settings import Settings
 DECISIVE = ("optimizer", "scheduler", "torch_autocast")
 # What may change, for the checkpoint is converted then.
 CONVERTED = ("bf16", "fp16", "ranks", "zero_optimization.stage")
+# What may change, for it decides whether a run goes on, but not the weights of one that does.
+FREE = ("optimizer.params.nonfinite",)
+OF_STATES = ("optimizer", "scheduler")  # what --fresh_states lets change
+STATES = "settings_of_states"  # in a checkpoint's client_state
 FILE = "run.json"
 
 
@@ -80,19 +84,53 @@ def check_identity(folder: Path, identity: dict[str, Any], fresh_states: bool = 
             the file with those settings is missing or broken.
     """
     then = _flat(_read_identity(folder / FILE))
-    now = _flat(identity)
     changed = [
-        f"{key}={then.get(key)}, now {now.get(key)}"
-        for key in dict.fromkeys([*then, *now])
-        if then.get(key) != now.get(key)
-        and key not in CONVERTED
-        and not (fresh_states and key.split(".")[0] in ("optimizer", "scheduler"))
+        change
+        for key, change in _changes(then, _flat(identity))
+        if not (fresh_states and key.split(".")[0] in OF_STATES)
     ]
     if changed:
         raise ValueError(
             f"the run in {folder} was started with {'; '.join(changed)}. Use the same settings to "
             "resume it, or another --output_dir to start anew."
         )
+
+
+def settings_of_states(identity: dict[str, Any]) -> dict[str, Any]:
+    """The part of an identity that decides what optimizer and schedule have become, flat."""
+    flat = _flat(identity)
+    return {k: v for k, v in flat.items() if k.split(".")[0] in OF_STATES and k not in FREE}
+
+
+def check_states(tag: str, client_state: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Refuse states of another optimizer or schedule.
+
+    The run's own file may tell of newer ones, where a run with new states was killed before its
+    first checkpoint, or that checkpoint is broken.
+
+    Args:
+        tag: name of the checkpoint.
+        client_state: of the checkpoint; those of earlier versions do not tell, and are taken.
+        settings: from :func:`settings_of_states`.
+
+    Raises:
+        ValueError: naming each setting that differs.
+    """
+    changed = [change for _, change in _changes(client_state.get(STATES, settings), settings)]
+    if changed:
+        raise ValueError(
+            f"the optimizer's states in {tag} are of {'; '.join(changed)}. Use the same settings, "
+            "or --fresh_states."
+        )
+
+
+def _changes(then: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str]]:
+    """Each setting that has changed and may not, and how."""
+    return [
+        (key, f"{key}={then.get(key)}, now {now.get(key)}")
+        for key in dict.fromkeys([*then, *now])
+        if then.get(key) != now.get(key) and key not in (*CONVERTED, *FREE)
+    ]
 
 
 def _read_identity(path: Path) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class RunLock:
         self._folder = folder
         self._path = folder / FILE
         self._stale_seconds = stale_seconds
-        self._ours = ""
+        self._ours = b""
         self._ended = threading.Event()
 
     def acquire(self) -> None:
@@ -91,7 +91,7 @@ class RunLock:
                 "place": _place(),
                 "token": uuid.uuid4().hex,
             }
-        )
+        ).encode()
         self._folder.mkdir(parents=True, exist_ok=True)
         while not self._create():
             self._remove_abandoned()
@@ -138,7 +138,7 @@ class RunLock:
         except FileExistsError:
             return False
         try:
-            os.write(file, self._ours.encode())
+            os.write(file, self._ours)
             os.fsync(file)
         except OSError:
             self._path.unlink()
@@ -161,14 +161,14 @@ class RunLock:
             self._path.rename(aside)
         except FileNotFoundError:
             return
-        if aside.read_text() == found[1]:
+        if aside.read_bytes() == found[1]:
             aside.unlink()
         else:  # another start was quicker, and this is its lock
             aside.rename(self._path)
 
-    def _is_abandoned(self, found: tuple[int, str]) -> bool:
+    def _is_abandoned(self, found: tuple[int, bytes]) -> bool:
         holder = _parse(found[1])
-        if holder.get("place") == _place():
+        if holder.get("place") == _place() and holder["birth"] is not None:
             return birth(holder["pid"]) != holder["birth"]
         print(
             f"The lock in {self._folder} is of {_name(found)}: waiting up to "
@@ -191,29 +191,30 @@ class RunLock:
                     os.utime(self._path)
 
 
-def _read(path: Path) -> tuple[int, str] | None:
-    """Modification time in ns and text of a file, None without one.
+def _read(path: Path) -> tuple[int, bytes] | None:
+    """Modification time in ns and content of a file, None without one.
 
     It is opened for both, since NFS answers from a cache otherwise.
     """
     try:
-        with path.open() as file:
+        with path.open("rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns, file.read()
     except FileNotFoundError:
         return None
 
 
-def _parse(text: str) -> dict[str, Any]:
-    """What a lock says; nothing where the run that made it was killed while writing."""
+def _parse(content: bytes) -> dict[str, Any]:
+    """What a lock says; nothing where it is damaged, or its run was killed while writing."""
     try:
-        found = json.loads(text)
-    except json.JSONDecodeError:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
         return {}
     keys = {"host", "pid", "since", "birth", "place"}
-    return found if isinstance(found, dict) and keys <= found.keys() else {}
+    whole = isinstance(found, dict) and keys <= found.keys() and type(found["pid"]) is int
+    return found if whole else {}
 
 
-def _name(found: tuple[int, str] | None) -> str:
+def _name(found: tuple[int, bytes] | None) -> str:
     holder = {} if found is None else _parse(found[1])
     if not holder:
         return "a run that its lock does not name"
@@ -222,9 +223,9 @@ def _name(found: tuple[int, str] | None) -> str:
 
 def _place() -> list[str]:
     """Where process numbers mean the same: host, boot and, for containers, namespace."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     return [
         socket.gethostname(),
         boot.read_text().strip() if boot.exists() else "",
-        os.readlink("/proc/self/ns/pid"),
+        os.readlink(namespace) if namespace.is_symlink() else "",
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,12 +14,35 @@ from torch import Tensor
 from alto_ds.pretrain.data.sequences import Sequences
 from alto_ds.pretrain.exits import ExitStatus
 from alto_ds.pretrain.metrics import Metrics, alto_of, perplexity, trust_ratio_metrics
-from alto_ds.pretrain.nonfinite import SkippedSteps, check_loss, check_weights
+from alto_ds.pretrain.model import flops_per_token
+from alto_ds.pretrain.nonfinite import (
+    SkippedSteps,
+    check_loss,
+    check_weights,
+    error_of,
+    raise_together,
+)
 from alto_ds.pretrain.settings import Settings
 from alto_ds.pretrain.signals import Interruption, drop_lost_output
+from alto_ds.pretrain.speed import profiler, speed_metrics
 
 # How a signal to any rank may end all of them; where both are wanted, the first.
 STOPS = (ExitStatus.INTERRUPTED, ExitStatus.REQUEUE)
+
+
+class Trained(NamedTuple):
+    """How training has ended, the same on every rank.
+
+    Attributes:
+        step: number of steps done, all of them saved.
+        status: FINISHED where that is ``settings.steps``; otherwise how the signal that has come
+            to one of the ranks wants the run to end.
+        loss_held_out: of the last step; None where there was none to do.
+    """
+
+    step: int
+    status: ExitStatus
+    loss_held_out: float | None
 
 
 def train(
@@ -29,7 +52,7 @@ def train(
     step: int,
     metrics: Metrics,
     save: Callable[[int], None],
-) -> tuple[int, ExitStatus]:
+) -> Trained:
     """Train to the last step, or until a signal. All ranks must call this together.
 
     Args:
@@ -39,11 +62,6 @@ def train(
         step: number of steps that were done before.
         metrics: what each step is written to.
         save: writes a checkpoint; called on all ranks together with the number of steps done.
-
-    Returns:
-        Number of steps done, all of them saved, and FINISHED where that is ``settings.steps``;
-        otherwise how the signal that has come to one of the ranks wants the run to end. The same
-        on every rank.
 
     Raises:
         FloatingPointError: on all ranks, where a step has made loss or weights that are not finite
@@ -55,23 +73,29 @@ def train(
     batches = data.training_batches(step, batch_size, gas, rank, world_size)
     tokens = batch_size * settings.model.length
     skipped_steps = SkippedSteps(engine, settings.run.max_skipped_steps)
-    saved_at = time.monotonic()
+    flops = tokens * flops_per_token(engine.module, settings.model.length) / world_size
+    profile = profiler(settings.run, rank)
+    loss_held_out = None
+    first, saved_at = step, time.monotonic()
     while step < settings.steps:
         began = time.perf_counter()
         # Dropout depends on step and rank alone, so that a resumed run repeats it.
         torch.manual_seed(settings.run.seed + step * world_size + rank)
         lr = engine.get_lr()[0]
-        loss = _step(engine, batches, gas)
+        loss, error = _step(engine, batches, gas)
         step += 1
-        # What all ranks must know of each other: the loss of each, whether one is to stop, and
-        # whether rank 0's clock says that a checkpoint is due.
+        # What all ranks must know of each other: the loss of each, whether one is to stop, whether
+        # rank 0's clock says that a checkpoint is due, and whether a rank has a number that is not
+        # finite: where no layer is shared, as at ZeRO 0, its optimizer alone has raised it.
         minutes = (time.monotonic() - saved_at) / 60
         due = rank == 0 and minutes >= settings.run.save_minutes
-        flags = [*(interruption.status is stop for stop in STOPS), due]
+        flags = [*(interruption.status is stop for stop in STOPS), due, error is not None]
         shared = torch.cat([loss[None], torch.tensor(flags, dtype=loss.dtype, device=loss.device)])
         dist.all_reduce(shared)
         total_loss, *counts = shared.tolist()
-        *wanted, due_minutes = (count > 0 for count in counts)
+        *wanted, due_minutes, failed = (count > 0 for count in counts)
+        if failed:
+            raise_together(error)
         stop = next(
             (status for status, is_wanted in zip(STOPS, wanted, strict=True) if is_wanted), None
         )
@@ -88,13 +112,15 @@ def train(
         norm = engine.get_global_grad_norm()
         if norm is not None:
             row["grad_norm"] = float(norm)
-        row["tokens_per_second"] = tokens / (time.perf_counter() - began)
+        row |= speed_metrics(tokens, flops, time.perf_counter() - began, step - first)
+        profile.step()
         last = step == settings.steps
         saves = bool(stop or due_minutes or last or step % settings.run.save_interval == 0)
         if saves:
             optimizer = alto_of(engine)
             if optimizer is not None:
-                optimizer.raise_nonfinite()  # which on GPUs would be said only by the next step
+                # On GPUs only the next step would say it.
+                raise_together(error_of(optimizer.raise_nonfinite))
             check_weights(engine.module, step)
         if step == settings.warmup_steps or step % settings.run.eval_interval == 0 or last:
             loss_held_out = evaluate(engine, data.validation)
@@ -106,30 +132,40 @@ def train(
             saved_at = time.monotonic()
         if stop is not None and not last:
             metrics.say(f"Stopped after step {step}; the same command goes on from there.")
-            return step, stop  # and signals stay caught: a launcher sends more of them
+            profile.close()
+            # Signals stay caught: a launcher sends more of them.
+            return Trained(step, stop, None)
+    profile.close()
     interruption.restore()
-    return step, ExitStatus.FINISHED
+    return Trained(step, ExitStatus.FINISHED, loss_held_out)
 
 
-def _step(engine: Any, batches: Iterator[Tensor], gas: int) -> Tensor:
-    """One optimizer step; returns this rank's loss, a scalar in float32 on the device."""
+def _step(
+    engine: Any, batches: Iterator[Tensor], gas: int
+) -> tuple[Tensor, FloatingPointError | None]:
+    """One optimizer step.
+
+    Returns:
+        This rank's loss, a scalar in float32 on the device, and what the optimizer has raised.
+    """
     device = get_accelerator().current_device_name()
-    total = torch.zeros((), device=device)
+    total, error = torch.zeros((), device=device), None
     for _ in range(gas):
-        tokens = next(batches).to(device)
-        loss = engine(input_ids=tokens, labels=tokens).loss
+        tokens = get_accelerator().pin_memory(next(batches)).to(device, non_blocking=True)
+        loss = engine(tokens, tokens)
         engine.backward(loss)
-        engine.step()
         total += loss.detach().float() / gas
-    return total
+        error = error or error_of(engine.step)
+    return total, error
 
 
 @torch.no_grad()
 def evaluate(engine: Any, sequences: Tensor) -> float:
     """Mean loss per predicted token, in nats; the same on every rank.
 
-    All ranks must call this together. Under ZeRO-3 a forward pass is a collective, so a rank that
-    has no sequence left repeats one and does not count it.
+    All ranks must call this together. Not compiled: that would take longer than a small run's
+    evaluations. Under ZeRO-3 a forward pass is a collective, so a rank that has no sequence left
+    repeats one and does not count it.
 
     Args:
         engine: DeepSpeed's engine.
@@ -140,14 +176,14 @@ def evaluate(engine: Any, sequences: Tensor) -> float:
     size = engine.train_micro_batch_size_per_gpu()
     mine = sequences[dist.get_rank() :: dist.get_world_size()]
     rounds = -(-len(sequences) // (dist.get_world_size() * size))
-    sums = torch.zeros(2, dtype=torch.float64)
-    for number in range(rounds):
-        batch = mine[number * size : (number + 1) * size]
-        tokens = (batch if len(batch) else sequences[:1]).to(device)
-        loss = engine(input_ids=tokens, labels=tokens).loss
-        predicted = len(batch) * (tokens.shape[1] - 1)
-        sums += torch.tensor([loss.item() * predicted, predicted], dtype=torch.float64)
-    sums = sums.to(device)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    with torch.compiler.set_stance("force_eager"):
+        for number in range(rounds):
+            batch = mine[number * size : (number + 1) * size]
+            tokens = (batch if len(batch) else sequences[:1]).to(device)
+            predicted = len(batch) * (tokens.shape[1] - 1)
+            sums[0] += engine(tokens, tokens).double() * predicted
+            sums[1] += predicted
     dist.all_reduce(sums)
     engine.train()
     return (sums[0] / sums[1]).item()

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from alto_ds import ALTO
+from alto_ds.checkpoint.deepspeed_files import optimizers_of
 
 
 class Metrics:
@@ -38,10 +39,10 @@ class Metrics:
                 f"kept the other {len(rows)}.",
                 file=sys.stderr,
             )
-        self.rows = [row for row in rows if row["step"] <= first_step]
+        rows = [row for row in rows if row["step"] <= first_step]
         folder.mkdir(parents=True, exist_ok=True)
         kept = folder / "metrics.jsonl.new"
-        kept.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
         kept.replace(self.path)  # at once, so that nothing is lost where the run is killed now
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115  open for the whole run
         self.bar = tqdm(
@@ -52,14 +53,13 @@ class Metrics:
         """Record one training step, and its evaluation where there was one."""
         if not self.active:
             return
-        self.rows.append(row)
         self.file.write(json.dumps(row) + "\n")
         self.bar.update(row["step"] - self.bar.n)
-        self.bar.set_postfix(
-            loss=f"{row['loss']:.3f}",
-            ppl=f"{perplexity(row['loss']):.1f}",
-            tokens_s=f"{row['tokens_per_second']:,.0f}",
-        )
+        shown = {"loss": f"{row['loss']:.3f}", "ppl": f"{perplexity(row['loss']):.1f}"}
+        if "tflops" in row:  # the step was not one of the first
+            shown |= {"tokens_s": f"{row['tokens_per_second']:,.0f}"}
+            shown |= {"mfu": f"{row['mfu']:.1%}"} if "mfu" in row else {}
+        self.bar.set_postfix(shown)
         if "val_loss" in row:
             self.say(_evaluation_line(row))
 
@@ -84,9 +84,10 @@ class Metrics:
         from matplotlib import pyplot
 
         figure, axes = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
-        steps = [row["step"] for row in self.rows]
-        validated = [row for row in self.rows if "val_loss" in row]
-        axes[0].plot(steps, [row["loss"] for row in self.rows], label="training", linewidth=1)
+        rows = read_metrics(self.path)
+        steps = [row["step"] for row in rows]
+        validated = [row for row in rows if "val_loss" in row]
+        axes[0].plot(steps, [row["loss"] for row in rows], label="training", linewidth=1)
         axes[0].plot(
             [row["step"] for row in validated],
             [row["val_loss"] for row in validated],
@@ -94,8 +95,8 @@ class Metrics:
             label="held-out",
         )
         axes[0].legend()
-        axes[1].plot(steps, [row["lr"] for row in self.rows])
-        norms = [row.get("grad_norm") for row in self.rows]
+        axes[1].plot(steps, [row["lr"] for row in rows])
+        norms = [row.get("grad_norm") for row in rows]
         axes[2].plot(steps, [float("nan") if norm is None else norm for norm in norms])
         for axis, title in zip(
             axes, ("loss (nats per token)", "learning rate", "gradient norm"), strict=True
@@ -108,10 +109,7 @@ class Metrics:
 
 def alto_of(engine: Any) -> ALTO | None:
     """The ALTO inside the engine's wrappers; None where another optimizer trains."""
-    optimizer = engine.optimizer
-    while optimizer is not None and not isinstance(optimizer, ALTO):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
+    return next((found for found in optimizers_of(engine) if isinstance(found, ALTO)), None)
 
 
 def trust_ratio_metrics(engine: Any) -> dict[str, float]:

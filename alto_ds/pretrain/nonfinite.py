@@ -6,6 +6,7 @@ Every function raises on all ranks alike, after a step and before it is saved.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,6 +42,27 @@ class SkippedSteps:
                 f"step {step}: the last {self._in_a_row} steps were skipped for gradients that are "
                 f"not finite (--max_skipped_steps={self._most})."
             )
+
+
+def error_of(work: Callable[[], Any]) -> FloatingPointError | None:
+    """What the work of this rank has raised, which may be for this rank alone."""
+    try:
+        work()
+    except FloatingPointError as error:
+        return error
+    return None
+
+
+def raise_together(error: FloatingPointError | None) -> None:
+    """Let all ranks, who must call this together, raise where one has an error.
+
+    Raises:
+        FloatingPointError: with the message of the first rank that has one.
+    """
+    messages: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, error and str(error))
+    for message in filter(None, messages):
+        raise FloatingPointError(message) from error
 
 
 def check_loss(loss: float, step: int) -> None:

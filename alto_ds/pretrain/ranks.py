@@ -101,5 +101,5 @@ def on_ranks(here: bool, work: Callable[[], T], patience: timedelta | None = Non
     Raises:
         SetupError: with the message of the first rank that failed.
     """
-    with Ranks(SetupError, (Exception,), patience) as ranks:
+    with Ranks(SetupError, patience) as ranks:
         return ranks.each(lambda: work() if here else None)

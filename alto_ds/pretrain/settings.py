@@ -31,6 +31,9 @@ class ModelSettings:
         model: a name of :data:`SIZES`.
         seq_length: tokens in a sequence; None for as many as the model has positions.
         dropout: probability of GPT-2's three kinds of dropout.
+        compile: compile the model and its loss; None where that pays: see
+            :func:`alto_ds.pretrain.setup.compiles`.
+        activation_checkpointing: compute each block again for its gradient, to save memory.
 
     Raises:
         ValueError: a value is out of its range.
@@ -39,6 +42,8 @@ class ModelSettings:
     model: str
     seq_length: int | None = None
     dropout: float = 0.0
+    compile: bool | None = None
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.model not in SIZES:
@@ -140,6 +145,8 @@ class RunSettings:
         save_minutes: minutes after which a checkpoint is written besides; infinite for never.
         max_skipped_steps: steps in a row that DeepSpeed may skip before the run ends. The default
             lets a loss scale of 2**32 fall to 1.
+        profile: steps of rank 0 to record for ``torch.profiler``, after the first ones; None for
+            none.
         fresh_states: start the optimizer's states anew where the run goes on, once; optimizer and
             scheduler may then be others. Weights, number of steps and place in the data stay.
         seed: of weights, order of the data and dropout.
@@ -158,6 +165,7 @@ class RunSettings:
     keep_every: int | None = None
     save_minutes: float = math.inf
     max_skipped_steps: int = 50
+    profile: int | None = None
     fresh_states: bool = False
     seed: int = 1234
     timeout: int = 600
@@ -170,6 +178,7 @@ class RunSettings:
             save_interval=self.save_interval,
             keep_checkpoints=self.keep_checkpoints,
             keep_every=self.keep_every,
+            profile=self.profile,
             max_skipped_steps=self.max_skipped_steps,
             timeout=self.timeout,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from alto_ds import checkpoint
 from alto_ds.pretrain.data.sequences import Sequences, make_sequences
 from alto_ds.pretrain.model import make_model, model_config, parameter_groups
 from alto_ds.pretrain.ranks import PREPARATION_TIMEOUT, SetupError, on_ranks
-from alto_ds.pretrain.settings import Settings
+from alto_ds.pretrain.settings import ModelSettings, Settings
 
 
 def checkpoints_of(settings: Settings) -> Path:
@@ -56,13 +57,41 @@ def prepare_data(settings: Settings) -> Sequences:
 
 def make_engine(settings: Settings, tokenizer: Any) -> Any:
     """A model with random weights in DeepSpeed's engine. All ranks must call this together."""
-    model = make_model(model_config(settings.model, tokenizer), settings.run.seed)
+    model = make_model(
+        model_config(settings.model, tokenizer),
+        settings.run.seed,
+        settings.model.activation_checkpointing,
+    )
+    # DeepSpeed's own measure of throughput waits for the device in each micro step.
+    defaults = {"timers": {"throughput": {"enabled": False}}}
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model),
-        config=settings.deepspeed_config,
+        config=defaults | settings.deepspeed_config,
     )
+    if compiles(settings.model, engine.zero_optimization_stage()):
+        if shutil.which(cxx := os.environ.get("CXX", "g++")) is None:
+            if dist.get_rank() == 0:
+                print(
+                    f"Not compiled: there is no C++ compiler {cxx}; install one, or name it in CXX."
+                )
+        else:
+            # PyTorch's own default is lost with the machine's temporary files.
+            cache = Path.home() / ".cache/alto_ds/inductor"
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+            engine.compile(compile_kwargs={"dynamic": False})
     return engine
+
+
+def compiles(model: ModelSettings, stage: int) -> bool:
+    """Whether the model is compiled, given a compiler.
+
+    By default not where that does not pay: the smallest model has trained before it is compiled,
+    and under ZeRO-3 the compiled code is broken off wherever parameters are gathered.
+    """
+    if model.compile is not None:
+        return model.compile
+    return model.model != "gpt2-tiny" and stage < 3
 
 
 def check_batch_size(config: Mapping[str, Any], world_size: int) -> None:

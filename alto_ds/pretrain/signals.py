@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import select
 import signal
+import sys
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 
 from alto_ds.pretrain.exits import ExitStatus
@@ -58,18 +60,25 @@ def watch_launchers() -> None:
     Where one is gone already, such as while this process was importing, it gets the SIGTERM now.
     """
     found = launchers()
-    if found is None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return
-    watched = {pid: birth(pid) for pid in found}
+    births = {pid: birth(pid) for pid in found or ()}
+    if found is None or None in births.values():
+        _stop_without_launcher()
 
     def watch() -> None:
-        while all(birth(pid) == born for pid, born in watched.items()):
+        while all(birth(pid) == born for pid, born in births.items()):
             time.sleep(WATCH_SECONDS)
-        os.kill(os.getpid(), signal.SIGTERM)
+        _stop_without_launcher()
 
-    if watched:
+    if births:
         threading.Thread(target=watch, name="watch_launchers", daemon=True).start()
+
+
+def _stop_without_launcher() -> None:
+    # Each rank says it, for the first to see it ends all.
+    rank = os.environ.get("RANK", "?")
+    with suppress(OSError):  # the launcher's end may have closed the output
+        print(f"alto_ds.pretrain: rank {rank} ends, for its launcher has.", file=sys.stderr)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def drop_lost_output() -> None:

@@ -44,7 +44,8 @@ def options(folder: Path, output: str, stage: int = 2, **more: Any) -> list[str]
 def measured(folder: Path) -> list[dict[str, Any]]:
     """All that a run has measured at each step, times aside."""
     rows = read_metrics(folder / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+    speed = ("tokens_per_second", "tflops", "mfu")
+    return [{k: v for k, v in row.items() if k not in speed} for row in rows]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

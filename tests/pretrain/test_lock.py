@@ -143,7 +143,7 @@ def test_a_start_that_is_late_does_not_remove_the_lock_of_a_quicker_one(tmp_path
     quick = RunLock(tmp_path)
 
     class Late(RunLock):
-        def _is_abandoned(self, found: tuple[int, str]) -> bool:
+        def _is_abandoned(self, found: tuple[int, bytes]) -> bool:
             answer = super()._is_abandoned(found)
             if answer:  # of the lock left behind, which the other replaces now
                 quick.acquire()
@@ -172,9 +172,21 @@ def test_a_run_that_was_silent_for_too_long_learns_who_has_its_folder(tmp_path: 
     other.wait()
 
 
-def test_a_lock_that_cannot_be_read_counts_until_it_is_stale(tmp_path: Path) -> None:
-    """A run was killed between making the file and writing into it."""
-    (tmp_path / FILE).touch()
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",  # a run was killed between making the file and writing into it
+        b"\xff\xfe\x00",
+        b"[" * 100_000,
+        b"9" * 5000,
+        json.dumps(dict.fromkeys(("host", "pid", "since", "birth", "place"), "\0")).encode(),
+    ],
+    ids=["empty", "binary", "nested", "huge", "no_pid"],
+)
+def test_a_lock_that_cannot_be_read_counts_until_it_is_stale(
+    tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / FILE).write_bytes(content)
     lock = RunLock(tmp_path, 0.3)
     lock.acquire()
     lock.release()

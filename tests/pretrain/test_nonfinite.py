@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("deepspeed")
 
 from alto_ds.pretrain.exits import ExitStatus
+from alto_ds.pretrain.identity import check_identity, write_identity
 from alto_ds.pretrain.metrics import read_metrics
 from tests.pretrain.forked import Forks
 from tests.pretrain.runs import options
@@ -53,6 +54,16 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all(tmp_path: Path, forks: F
     assert steps == 4
 
 
+def test_a_state_that_is_not_finite_on_one_rank_ends_all(tmp_path: Path, forks: Forks) -> None:
+    """At ZeRO 0 the optimizers of the ranks send nothing, so only that rank's finds it."""
+    printed, saved, steps = spoiled(tmp_path, forks, "state", 4, stage=0, timeout=20)
+    assert "alto_ds.pretrain: ALTO: step 5: transformer.wte.weight has numbers that" in printed
+    assert "in its state exp_avg (rank 1)" in printed
+    assert "the last good checkpoint is step 3, in" in printed
+    assert saved == ["step0000003"]
+    assert steps == 4
+
+
 @pytest.mark.parametrize(
     ("stage", "ranks"),
     [
@@ -71,6 +82,17 @@ def test_weights_that_are_not_finite_are_not_saved(
     assert "the last good checkpoint is step 3, in" in printed
     assert saved == ["step0000003"]
     assert steps == 5
+
+
+def test_a_run_may_go_on_with_another_nonfinite_as_its_error_advises(tmp_path: Path) -> None:
+    params = {"lr": 0.1, "nonfinite": "raise"}
+    write_identity(tmp_path, {"optimizer": {"type": "ALTO", "params": params}})
+    check_identity(tmp_path, {"optimizer": {"type": "ALTO", "params": {"lr": 0.1}}})
+    params["nonfinite"] = "skip"
+    check_identity(tmp_path, {"optimizer": {"type": "ALTO", "params": params}})
+    params["lr"] = 0.2
+    with pytest.raises(ValueError, match=r"with optimizer\.params\.lr=0\.1, now 0\.2\. Use"):
+        check_identity(tmp_path, {"optimizer": {"type": "ALTO", "params": params}})
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path, forks: Forks) -> None:

@@ -158,6 +158,22 @@ def test_a_run_goes_on_with_another_number_of_ranks_stage_and_precision(
     assert not list((tmp_path / "run/checkpoints").glob(".*"))  # what was converted is gone
 
 
+def test_a_compiled_run_trains_as_an_eager_one_and_goes_on_bitwise(
+    both: tuple[Path, Path], tmp_path: Path, forks: Forks
+) -> None:
+    arguments = [*options(tmp_path, "run", dropout=0.0), "--compile", "--profile", "2"]
+    forks.run(1, *arguments)
+    compiled, eager = measured(tmp_path / "run"), measured(both[0])
+    for row, other in zip(compiled, eager, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], abs=1e-4)
+    assert compiled != eager  # which rounds in another order: it was compiled indeed
+    assert (tmp_path / "run/profile.json.gz").stat().st_size > 1000
+    assert "aten::" in (tmp_path / "run/profile.txt").read_text()
+    back_at_step_10(tmp_path / "run", tmp_path / "again")
+    forks.run(1, *options(tmp_path, "again", dropout=0.0), "--compile")
+    assert measured(tmp_path / "again") == compiled
+
+
 def test_fresh_states_start_anew_once_and_the_same_command_goes_on(
     both: tuple[Path, Path], tmp_path: Path, forks: Forks
 ) -> None:

@@ -48,6 +48,8 @@ def test_every_setting_is_an_option() -> None:
         "streaming": ["--dataset", "d", "--streaming"],
         "encoding": ["--text", "a.txt", "--encoding", "latin-1"],
         "fresh_states": ["--fresh_states"],
+        "compile": ["--compile"],
+        "activation_checkpointing": ["--activation_checkpointing"],
         "text": ["--text", "7"],
         "model": ["--model", "gpt2"],
         "validation_fraction": ["--validation_fraction", "0.7"],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
+from alto_ds.pretrain import processes
 from alto_ds.pretrain.exits import ExitStatus
 from alto_ds.pretrain.lock import FILE
 from alto_ds.pretrain.metrics import read_metrics
@@ -95,10 +98,17 @@ def ranks_of(pid: int) -> tuple[psutil.Process, list[psutil.Process]]:
     return middle, middle.children()
 
 
+def wrapped(ranks: int) -> list[str]:
+    """The `deepspeed` command under another name."""
+    program = "from deepspeed.launcher.runner import main; main()"
+    return [sys.executable, "-W", "ignore", "-c", program, *launcher.deepspeed(ranks)[1:]]
+
+
 @pytest.mark.parametrize(
     ("whom", "number"),
     [
-        ("command", signal.SIGKILL),
+        ("wrapped command", signal.SIGKILL),
+        pytest.param("command", signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param("command", signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("command", signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param("middle", signal.SIGKILL, marks=pytest.mark.slow),
@@ -110,12 +120,14 @@ def test_where_one_process_of_a_launch_gets_a_signal_all_ranks_save_and_end(
 ) -> None:
     folder = tmp_path / "output"
     arguments = options(tmp_path, "output", **LONG)
-    process = launcher.start(2, "--module", MODULE, *arguments, folder=tmp_path)
+    by = wrapped if whom.startswith("wrapped") else launcher.deepspeed
+    process = launcher.start(2, "--module", MODULE, *arguments, folder=tmp_path, by=by)
     wait_for_steps(folder, 3)
     middle, ranks = ranks_of(process.pid)
     births = [birth(rank.pid) for rank in ranks]
     assert None not in births
-    os.kill({"command": process.pid, "middle": middle.pid, "rank": ranks[1].pid}[whom], number)
+    pids = {"command": process.pid, "middle": middle.pid, "rank": ranks[1].pid}
+    os.kill(pids[whom.split()[-1]], number)
     try:
         output, _ = process.communicate(timeout=60)  # until all have closed it
     finally:
@@ -124,8 +136,101 @@ def test_where_one_process_of_a_launch_gets_a_signal_all_ranks_save_and_end(
                 rank.kill()
     assert [birth(rank.pid) != born for rank, born in zip(ranks, births, strict=True)] == [True] * 2
     assert_saved_at_the_last_step(folder, output)
+    if number == signal.SIGKILL:
+        assert re.search(r"alto_ds\.pretrain: rank [01] ends, for its launcher has\.\n", output)
     if whom == "rank":
         assert process.returncode == ExitStatus.REQUEUE  # as `deepspeed` passes it on
+
+
+NODE = ("deepspeed.launcher.launch", "--world_info=W")
+# What its launchers are to a rank; it imports no more than it needs.
+RANK = """
+import json, os, runpy, sys, time
+find = runpy.run_path("alto_ds/pretrain/processes.py")["launchers"]
+until = time.monotonic() + float(sys.argv[1])
+while (found := find()) is not None and time.monotonic() < until:
+    time.sleep(0.02)
+print(json.dumps(found))
+"""
+SUBREAPER = """
+import ctypes, os, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+subprocess.run(sys.argv[1:], start_new_session=True)
+os.wait()
+"""
+
+
+def program(*words: str, ends: bool = False) -> list[str]:
+    """The beginning of a command: a Python with these words starts the rest, and prints its pid.
+
+    Args:
+        words: in its command line.
+        ends: whether it ends then, as one that is killed does; otherwise it waits.
+    """
+    code = "import os, subprocess, sys; print(os.getpid(), flush=True); "
+    code += f"p = subprocess.Popen(sys.argv[{1 + len(words)}:])"
+    code += "" if ends else "; p.wait()"
+    return [sys.executable, "-W", "ignore", "-X", "utf8", "-c", code, *words]
+
+
+def found_by(*before: str, seconds: float = 0) -> tuple[list[int], list[int] | None]:
+    """The pids of the programs in ``before``, and those that a rank started by it finds.
+
+    The rank waits for so many seconds for one of them to have ended.
+    """
+    command = [*before, sys.executable, "-c", RANK, str(seconds)]
+    environment = os.environ | {"CROSS_RANK": "0"}  # as DeepSpeed sets for ranks
+    finished = subprocess.run(
+        command,
+        env=environment,
+        cwd=launcher.ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=60,
+        start_new_session=True,
+    )
+    *pids, found = map(json.loads, finished.stdout.splitlines())
+    return pids, found
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        ([*program(), *program(*NODE)], 2),
+        (["sh", "-c", '"$0" "$@"; true', *program("deepspeed.pt"), *program(*NODE)], 2),
+        ([*program("deepspeed"), *program(*NODE), "sh", "-c", '"$0" "$@"; true'], 2),
+        ([*program("wrapper.py"), *program("wrapper.py")], 1),  # the node's launcher, too
+        (["sh", "-c", '"$0" "$@"; true', *program(*NODE, "--node_rank=1")], 1),
+        (["sh", "-c", '"$0" "$@"; true'], 0),  # CROSS_RANK was left over
+        ([*program(), *program("-m", "torch.distributed.run")], 1),
+    ],
+)
+def test_launchers_are_found_whatever_their_names(command: list[str], named: int) -> None:
+    pids, found = found_by(*command)
+    assert found == pids[::-1][:named]
+
+
+@pytest.mark.parametrize("subreaper", [False, True])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [*program(ends=True), *program(*NODE)],
+        [*program(), *program(*NODE, ends=True)],
+        [*program(), *program("wrapper.py", ends=True)],
+    ],
+)
+def test_a_launcher_that_has_ended_before_is_missed(command: list[str], subreaper: bool) -> None:
+    before = [sys.executable, "-c", SUBREAPER] if subreaper else []
+    assert found_by(*before, *command, seconds=10)[1] is None
+
+
+def test_without_proc_no_launcher_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CROSS_RANK", "0")
+    for name in ("_stat", "_program"):
+        monkeypatch.setattr(processes, name, lambda pid: None)
+    monkeypatch.setattr(processes, "_command", lambda pid: [])
+    assert processes.launchers() == []
 
 
 @pytest.mark.slow

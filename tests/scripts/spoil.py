@@ -1,7 +1,8 @@
 """The main job, in which rank 1 meets a NaN.
 
-usage: spoil.py weight|gradients STEP ARGUMENTS..., where ARGUMENTS are the main job's
-``weight``: in one weight, after the update of that step; ``gradients``: from that step on.
+usage: spoil.py weight|state|gradients STEP ARGUMENTS..., where ARGUMENTS are the main job's
+``weight``, ``state``: in one number, after the update of that step; ``gradients``: from that step
+on.
 """
 
 import os
@@ -22,7 +23,7 @@ counted = 0
 first: Tensor | None = None
 
 
-def spoil_weight(optimizer: Any, *_: Any) -> None:
+def spoil_number(optimizer: Any, *_: Any) -> None:
     """After ALTO's update, before DeepSpeed copies master weights to the parameters."""
     global counted, first
     if not isinstance(optimizer, alto_ds.ALTO):
@@ -31,7 +32,8 @@ def spoil_weight(optimizer: Any, *_: Any) -> None:
     first = held if first is None else first
     counted += held is first  # ZeRO calls the optimizer once for each group
     if here and held is first and counted == step:
-        held.data.view(-1)[7] = float("nan")
+        spoiled = held.data if what == "weight" else optimizer.state[held]["exp_avg"]
+        spoiled.view(-1)[7] = float("nan")
 
 
 def spoil_gradient(gradient: Tensor) -> Tensor | None:
@@ -40,14 +42,14 @@ def spoil_gradient(gradient: Tensor) -> Tensor | None:
     return gradient * float("nan") if here and counted > micro_steps * (step - 1) else None
 
 
-def make_spoiled_model(config: Any, seed: int) -> Any:
-    model = make_model(config, seed)
+def make_spoiled_model(*arguments: Any, **others: Any) -> Any:
+    model = make_model(*arguments, **others)
     model.transformer.ln_f.bias.register_hook(spoil_gradient)
     return model
 
 
-if what == "weight":
-    register_optimizer_step_post_hook(spoil_weight)
+if what != "gradients":
+    register_optimizer_step_post_hook(spoil_number)
 else:
     make_model = setup.make_model
     setup.make_model = make_spoiled_model
