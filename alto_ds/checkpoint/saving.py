@@ -202,7 +202,10 @@ def _remove_old(folder: Path, tag: str, keep: int, keep_every: int | None) -> No
     What is newer than ``tag``, the one just written, was skipped when the run was resumed.
     """
     whole = 0
-    names = newest_first(folder)
+    with naming(folder):  # which somebody may remove even now
+        names = newest_first(folder)
+        if tag not in names:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / tag))
     for name in names[names.index(tag) :]:
         number = number_of(name)
         stays = number is None or (keep_every is not None and number % keep_every == 0)

@@ -376,8 +376,8 @@ def test_a_folder_that_vanishes_ends_all_ranks_and_is_named(
     deadline = time.monotonic() + 100
     while _number(output) < interval or _is_saving(output) is not saving:
         assert time.monotonic() < deadline, ranks[0].log.read_text()[-3000:]
+    (tmp_path / gone).rename(tmp_path / "moved")  # at once, whatever a rank is writing
     remove = ["rm", "-rf", str(tmp_path / gone)]
-    subprocess.run(remove, check=not saving)
     while saving and any(forks.status(rank) is None for rank in ranks):
         # Again and again, for ranks that are writing may make it once more.
         subprocess.run(remove, check=False, capture_output=True)
@@ -385,7 +385,8 @@ def test_a_folder_that_vanishes_ends_all_ranks_and_is_named(
     assert forks.wait(ranks, 60) == [ExitStatus.REFUSED] * 2
     printed = ranks[0].log.read_text()
     (said,) = (line for line in printed.splitlines() if line.startswith("alto_ds.pretrain: "))
-    assert f"{tmp_path / gone} is gone: " in said or (saving and f"{output}/checkpoints" in said)
+    # Whoever looks first says it: a rank that goes on training, or one that still saves.
+    assert f"{tmp_path / gone} is gone: " in said or f"{output}/checkpoints" in said
     assert "Traceback" not in printed + ranks[1].log.read_text()
     assert not (tmp_path / gone).exists()
     if gone != "output":

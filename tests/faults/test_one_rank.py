@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,7 +20,15 @@ pytest.importorskip("deepspeed")
 
 import deepspeed
 
-from alto_ds.checkpoint import CheckpointError, convert, exist, load_universal, resume, save
+from alto_ds.checkpoint import (
+    CheckpointError,
+    convert,
+    exist,
+    load_universal,
+    resume,
+    save,
+    saving,
+)
 from alto_ds.checkpoint.deepspeed_files import optimizers_of
 from alto_ds.checkpoint.manifest import FILE
 from alto_ds.pretrain.identity import check_states
@@ -261,6 +270,21 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"file/out cannot be made: Not a directory"):
         convert(tmp_path, tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("gone", [".", "step1"])
+def test_what_vanishes_just_after_it_was_named_is_said(
+    gone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = saving._publish
+
+    def then_remove(folder: Path, *arguments: Any) -> None:
+        publish(folder, *arguments)
+        shutil.rmtree(folder / gone)
+
+    monkeypatch.setattr(saving, "_publish", then_remove)
+    with pytest.raises(CheckpointError, match=r"checkpoints is gone: |No such file.*step1"):
+        save(make_engine(2), tmp_path / "checkpoints", "step1")
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
