@@ -24,7 +24,7 @@ import torch
 
 BENCHMARKS = (
     *("startup", "steps", "memory", "growth", "collectives", "training", "checkpoints"),
-    *("long_run", "throughput"),
+    *("long_run", "loss", "throughput"),
 )
 
 

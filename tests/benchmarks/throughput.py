@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ NANOGPT = "https://github.com/karpathy/nanoGPT"
 RANKS = 2
 PATIENCE = 400  # seconds for a start, in which the model may be compiled
 YARDSTICK = "nanoGPT, compiled"
+PHASES = "phases.json"
 # What trains on a GPU only, and what stands there for gloo on CPUs.
 ON_CPU = {
     "device = f'cuda:{ddp_local_rank}'": "device = 'cpu'",
@@ -93,6 +95,8 @@ class Job:
         self, arguments: list[str], folder: Path, file: Path, mark: str, checkout: Path = ROOT
     ) -> None:
         self._file, self._mark = file, mark.encode()
+        self._phases = folder / PHASES
+        self.phases: Counter[str] = Counter()  # seconds of the steps that count
         self._log = folder / "log.txt"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -125,9 +129,14 @@ class Job:
         before = self._lines()
         self.send(signal.SIGCONT)
         began = self._wait(before + 1)
+        self.phases.subtract(self._read_phases())
         seconds = self._wait(before + 1 + steps) - began
+        self.phases.update(self._read_phases())
         self.send(signal.SIGSTOP)
         return seconds
+
+    def _read_phases(self) -> dict[str, float]:
+        return json.loads(self._phases.read_text()) if self._phases.exists() else {}
 
     def close(self) -> None:
         self.send(signal.SIGKILL)
@@ -147,14 +156,27 @@ class Job:
 
 
 def main_job(
-    case: Case, optimizer: dict[str, Any], folder: Path, options: list[str], checkout: Path = ROOT
+    case: Case,
+    optimizer: dict[str, Any],
+    folder: Path,
+    given: argparse.Namespace,
+    checkout: Path | None = None,
 ) -> Job:
-    """The main job under ZeRO-1, with a shipped configuration but for the optimizer."""
+    """The main job, with a shipped configuration but for the optimizer and the stage of ZeRO.
+
+    Args:
+        case: what it trains.
+        optimizer: its entry in the configuration.
+        folder: where it runs.
+        given: the command line.
+        checkout: of this repository, where it is another than this one.
+    """
     folder.mkdir()
     config = json.loads((ROOT / "configs/gpt2_tiny_zero1.json").read_text())
     config["train_batch_size"] = case.micro * case.accumulation * RANKS
     config["train_micro_batch_size_per_gpu"] = case.micro
     config["optimizer"] = optimizer
+    config["zero_optimization"] = json.loads(given.zero)
     # After the warm-up of the learning rate it would evaluate.
     config["scheduler"]["params"] |= {"warmup_num_steps": 10**6, "total_num_steps": 10**7}
     (folder / "config.json").write_text(json.dumps(config))
@@ -167,7 +189,11 @@ def main_job(
     }
     pairs = [part for key, value in values.items() for part in (f"--{key}", str(value))]
     file = folder / "run/metrics.jsonl"
-    return Job(["-m", "alto_ds.pretrain", *pairs, *options], folder, file, "\n", checkout)
+    pairs += given.options.split() if checkout is None else []
+    module = ["-m"]
+    if given.phases:
+        module = [str(Path(__file__).with_name("phases.py")), str(folder / PHASES)]
+    return Job([*module, "alto_ds.pretrain", *pairs], folder, file, "\n", checkout or ROOT)
 
 
 def make_tokenizer(vocabulary: int) -> Any:
@@ -216,18 +242,18 @@ def nanogpt(case: Case, source: str, folder: Path, compiled: bool) -> Job:
 @contextlib.contextmanager
 def contenders(case: Case, folder: Path, given: argparse.Namespace) -> Iterator[dict[str, Job]]:
     """All contenders, warm and stopped, by name."""
-    source, options = given.nanogpt, given.options.split()
+    source = given.nanogpt
     params = json.loads((ROOT / "configs/gpt2_345m_zero1.json").read_text())["optimizer"]
     adamw = {"type": "AdamW", "params": {"lr": 6e-4, "weight_decay": 0.1, "torch_adam": True}}
     makers = {
         "nanoGPT, eager": lambda path: nanogpt(case, source, path, False),
         YARDSTICK: lambda path: nanogpt(case, source, path, True),
-        "main job, ALTO": lambda path: main_job(case, params, path, options),
-        "main job, AdamW": lambda path: main_job(case, adamw, path, options),
+        "main job, ALTO": lambda path: main_job(case, params, path, given),
+        "main job, AdamW": lambda path: main_job(case, adamw, path, given),
     }
     if given.before is not None:
         makers["main job, ALTO, before"] = lambda path: main_job(
-            case, params, path, [], given.before.resolve()
+            case, params, path, given, given.before.resolve()
         )
     makers = {name: make for name, make in makers.items() if name not in given.without}
     jobs: dict[str, Job] = {}
@@ -235,6 +261,7 @@ def contenders(case: Case, folder: Path, given: argparse.Namespace) -> Iterator[
         for number, (name, make) in enumerate(makers.items()):
             jobs[name] = make(folder / str(number))
             jobs[name].turn(max(case.steps, 3))
+            jobs[name].phases.clear()
         yield jobs
     finally:
         for job in jobs.values():
@@ -257,7 +284,11 @@ def measure(case: Case, given: argparse.Namespace) -> list[dict[str, Any]]:
             **{"model": case.model, "accumulation": case.accumulation, "contender": name},
             "tokens a second": case.tokens / statistics.median(seconds),
             "ms a step": 1e3 * statistics.median(seconds),
-            f"of {YARDSTICK}": ratio(times[YARDSTICK], seconds),
+            **({f"of {YARDSTICK}": ratio(times[YARDSTICK], seconds)} if YARDSTICK in times else {}),
+            **{
+                f"{phase}, ms": 1e3 * spent / case.steps / given.repeats
+                for phase, spent in jobs[name].phases.items()
+            },
         }
         for name, seconds in times.items()
     ]
@@ -272,6 +303,8 @@ def main() -> None:
     parser.add_argument("--case", type=int, help="number of the only one to measure")
     parser.add_argument("--options", default="", help="for the main job, such as --no-compile")
     parser.add_argument("--before", type=Path, help="another checkout, whose main job takes part")
+    parser.add_argument("--zero", default='{"stage": 1}', help="zero_optimization of the main job")
+    parser.add_argument("--phases", action="store_true", help="of the main job's steps, as well")
     parser.add_argument("--without", nargs="*", default=[], help="names of contenders to leave out")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and so end the contenders as well
