@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -422,7 +423,8 @@ def from_config(
     Raises:
         ValueError: there is no such base optimizer.
     """
-    make = getattr(torch.optim, optimizer, None) if isinstance(optimizer, str) else None
+    make = getattr(torch.optim, optimizer, object) if isinstance(optimizer, str) else object
+    make = inspect.unwrap(make)  # of what registration.py puts around ALTO
     if not (isinstance(make, type) and issubclass(make, Optimizer)):
         raise ValueError(
             f'"optimizer": {optimizer!r} names no optimizer in torch.optim; write for example '

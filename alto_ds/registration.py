@@ -11,12 +11,14 @@ and in ``states.py`` states that do not fit, on the rank that has them.
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.optim import Optimizer
 
 from alto_ds.layout import Layer, zero
+from alto_ds.settings import WITHOUT_AUTO, by_batch_size
 from alto_ds.trust_ratio import add_over_ranks, rows_to_add
 
 _ZERO_UTILS = "deepspeed.runtime.zero.utils"
@@ -33,8 +36,97 @@ _VERIFIED = ((0, 19, 8), (0, 20))  # the first version of DeepSpeed and the firs
 
 
 def register(name: str, factory: Callable[..., Optimizer]) -> None:
-    """Let DeepSpeed make an optimizer of type ``name`` by ``factory(params, **json_params)``."""
-    setattr(torch.optim, name, factory)
+    """Let DeepSpeed make an optimizer of type ``name`` by ``factory(params, **json_params)``.
+
+    "auto" in these params has become numbers by then: see :func:`fill_in_auto`. Rank 0 prints them.
+    """
+
+    @functools.wraps(factory, updated=())
+    def make(params: Any, **given: Any) -> Optimizer:
+        meant = _before_trainer(name, given)
+        filled = fill_in_auto(name, meant, _global_batch_size)
+        if filled is not meant and _is_rank_0():
+            numbers = (f"{key}={filled[key]}" for key in _auto_keys(name))
+            print(f'{name}: "auto" stands for {", ".join(numbers)}', file=sys.stderr, flush=True)
+        return factory(params, **filled)
+
+    setattr(torch.optim, name, make)
+
+
+def fill_in_auto(name: str, given: dict[str, Any], batch_size: Callable[[], int]) -> dict[str, Any]:
+    """Replace "auto" by the numbers of :func:`~alto_ds.settings.by_batch_size`.
+
+    "auto" for one of α and β1 stands for both where the other is left out.
+
+    Args:
+        name: "ALTO" or "E".
+        given: the params of the JSON's optimizer.
+        batch_size: asked for the global batch where there is an "auto".
+
+    Returns:
+        Other params, or ``given`` itself where there is no "auto".
+
+    Raises:
+        ValueError: ``batch_size`` does not know it.
+    """
+    keys = _auto_keys(name)
+    if not any(_is_auto(given.get(key)) for key in keys):
+        return given
+    alpha, betas = by_batch_size(batch_size())
+    numbers = (alpha, betas[0] if name == "E" else betas)
+    filled = dict(given)
+    for key, number in zip(keys, numbers, strict=True):
+        if _is_auto(given.get(key, "auto")):
+            filled[key] = number
+    return filled
+
+
+def _before_trainer(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The params as they stood in the JSON of Hugging Face Trainer.
+
+    Trainer turns ``"betas": "auto"`` into Adam's two, and refuses any others; ALTO has three.
+    """
+    of_trainer = sys.modules.get("transformers.integrations.deepspeed")
+    betas = given.get("betas")
+    if (
+        name == "ALTO"
+        and of_trainer is not None
+        and of_trainer.deepspeed_config() is not None
+        and isinstance(betas, Sequence)
+        and len(betas) == 2
+    ):
+        return given | {"betas": "auto"}
+    return given
+
+
+def _auto_keys(name: str) -> tuple[str, str]:
+    return "alpha", "beta" if name == "E" else "betas"
+
+
+def _is_auto(value: Any) -> bool:
+    return isinstance(value, str) and value == "auto"
+
+
+def _global_batch_size() -> int:
+    """``train_batch_size`` of DeepSpeed's engine that is making an optimizer now.
+
+    DeepSpeed gives an optimizer its params and nothing else, so the engine is looked for among the
+    callers.
+
+    Raises:
+        ValueError: there is none.
+    """
+    engine = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", ())
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, engine):
+            return int(caller.train_batch_size())
+        frame = frame.f_back
+    raise ValueError(
+        '"auto" needs the global batch of a DeepSpeed JSON, and no engine of DeepSpeed makes this '
+        f"optimizer; {WITHOUT_AUTO}"
+    )
 
 
 def support_in_zero(optimizer: type[Optimizer]) -> None:
@@ -52,9 +144,13 @@ def support_in_zero(optimizer: type[Optimizer]) -> None:
 
 def warn_on_rank_0(message: str) -> None:
     """Warn once for all ranks."""
-    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
-    if rank == 0:
+    if _is_rank_0():
         warnings.warn(message, stacklevel=4)
+
+
+def _is_rank_0() -> bool:
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    return rank == 0
 
 
 def _check_version(deepspeed: Any) -> None:

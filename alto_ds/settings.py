@@ -20,6 +20,15 @@ NAMES = (
     *("lr", "betas", "alpha", "eps", "weight_decay", "bias_correction"),
     *("trust_clip", "trust_ratio", "state_dtype", "seed", "nonfinite"),
 )
+WITHOUT_AUTO = (
+    "here write alpha = -5 with beta1 = 0.99 for global batches of 1,000 samples and more, 0.5 "
+    "with 0.01 for smaller ones."
+)
+
+
+def by_batch_size(batch_size: int) -> tuple[float, tuple[float, float, float]]:
+    """α and betas for a global batch of so many samples: the paper's two settings."""
+    return (0.5, (0.01, 0.9, 0.99)) if batch_size < 1000 else (-5.0, (0.99, 0.9, 0.99))
 
 
 def check(group: Mapping[str, Any], *, wait_for_device: bool = True) -> None:
@@ -37,8 +46,8 @@ def check(group: Mapping[str, Any], *, wait_for_device: bool = True) -> None:
         raise ValueError(
             f"betas={betas!r} must be three numbers (beta1, beta2, beta3): the decay of the "
             "gradient's average, of the first and of the second moment, such as (0.99, 0.9, 0.99). "
-            "Leave betas out for these; Hugging Face Trainer's \"auto\" means Adam's two. Where a "
-            'schedule has set them, as OneCycle does, write "cycle_momentum": false.'
+            "Leave betas out for these. Where a schedule has set them, as OneCycle does, write "
+            '"cycle_momentum": false.' + _hint_at_auto(betas)
         )
     for name, values in (
         *((name, [group[name]]) for name in ("lr", "alpha", "weight_decay")),
@@ -47,7 +56,8 @@ def check(group: Mapping[str, Any], *, wait_for_device: bool = True) -> None:
         ("trust_clip", clip if isinstance(clip, Sequence) else [] if clip is None else [clip]),
     ):
         if not all(_is_number(value) for value in values):
-            raise ValueError(f"{name}={group[name]!r} must be made of numbers.")
+            hint = _hint_at_auto(group[name]) if name == "alpha" else ""
+            raise ValueError(f"{name}={group[name]!r} must be made of numbers.{hint}")
         readable = [value for value in values if wait_for_device or _is_on_host(value)]
         if not all(math.isfinite(value) for value in readable):
             raise ValueError(f"{name}={group[name]!r} must be finite, neither infinite nor NaN.")
@@ -90,7 +100,7 @@ def check_alpha(alpha: float, beta: float, beta_name: str) -> None:
     """Raise ValueError unless 0 <= beta < 1 and |alpha| < 1 / (1 − beta)."""
     for name, value in (("alpha", alpha), (beta_name, beta)):
         if not _is_number(value):
-            raise ValueError(f"{name}={value!r} must be a number.")
+            raise ValueError(f"{name}={value!r} must be a number.{_hint_at_auto(value)}")
     if not 0 <= beta < 1:
         raise ValueError(f"{beta_name}={beta} is out of bounds; use 0 <= {beta_name} < 1.")
     if not math.isfinite(alpha):
@@ -167,6 +177,12 @@ def three_eps(eps: float | Sequence[float]) -> tuple[float, float, float]:
     """(ε1, ε2, ε3); one number is ε1, with the others 0."""
     eps1, eps2, eps3 = eps if isinstance(eps, Sequence) else (eps, 0.0, 0.0)
     return float(eps1), float(eps2), float(eps3)
+
+
+def _hint_at_auto(value: Any) -> str:
+    if not isinstance(value, str) or value != "auto":
+        return ""
+    return f' "auto" is for DeepSpeed\'s JSON, where the global batch is known; {WITHOUT_AUTO}'
 
 
 def _is_number(value: Any) -> bool:

@@ -1,6 +1,6 @@
 """Pre-train GPT-2 with ALTO under DeepSpeed's ZeRO.
 
-    deepspeed examples/pretrain_gpt2.py --deepspeed_config configs/gpt2_tiny_zero2.json \
+    deepspeed examples/pretrain_gpt2.py --deepspeed_config configs/gpt2-tiny/zero2.json \
         --model gpt2-tiny --output_dir runs/tiny
 """
 

@@ -12,14 +12,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from alto_ds import registration
 from tests import launcher
 
 deepspeed = pytest.importorskip("deepspeed")
 
-ALTO = {"type": "ALTO", "params": {"lr": 0.01, "betas": [0.9, 0.9, 0.99], "alpha": -5.0}}
+ALTO = {"type": "ALTO", "params": {"lr": 0.01, "betas": "auto", "alpha": "auto"}}
 E = {"type": "E", "params": {"optimizer": "AdamW", "alpha": -5.0, "beta": 0.9, "lr": 0.01}}
+SMALL, LARGE = (0.5, (0.01, 0.9, 0.99)), (-5.0, (0.99, 0.9, 0.99))
 
 
 def config(folder: Path, stage: int, optimizer: dict[str, Any] | None, **more: Any) -> str:
@@ -64,6 +66,40 @@ def test_an_unmodified_script_runs_through_alto_ds_run(
     assert found, output[-3000:]
     assert found[1] == optimizer["type"]
     assert float(found[3]) < 0.8 * float(found[2])
+    # Both ranks have a global batch of 16, and one says so.
+    said = 'ALTO: "auto" stands for alpha=0.5, betas=(0.01, 0.9, 0.99)'
+    assert output.count(said) == (optimizer is ALTO)
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(1, SMALL), (999, SMALL), (1000, LARGE)])
+def test_auto_becomes_the_papers_settings_for_the_global_batch(
+    batch_size: int, expected: tuple[float, tuple[float, float, float]]
+) -> None:
+    alpha, betas = expected
+    for given in ({"alpha": "auto", "betas": "auto"}, {"alpha": "auto"}, {"betas": "auto"}):
+        filled = registration.fill_in_auto("ALTO", {"lr": 0.1, **given}, lambda: batch_size)
+        assert filled == {"lr": 0.1, "alpha": alpha, "betas": betas}
+    # Those of E are its own; betas are the base optimizer's.
+    adamw = {"optimizer": "AdamW", "betas": [0.9, 0.95]}
+    filled = registration.fill_in_auto("E", adamw | {"alpha": "auto"}, lambda: batch_size)
+    assert filled == adamw | {"alpha": alpha, "beta": betas[0]}
+
+
+def test_auto_leaves_numbers_as_they_are() -> None:
+    for given in ({"lr": "auto", "betas": [0.5, 0.6]}, {"alpha": 1.0, "betas": [0.5, 0.6, 0.7]}):
+        assert registration.fill_in_auto("ALTO", given, pytest.fail) is given
+    for given, expected in (
+        ({"alpha": "auto", "betas": [0.5, 0.6, 0.7]}, {"alpha": 0.5, "betas": [0.5, 0.6, 0.7]}),
+        ({"alpha": 0.1, "betas": "auto"}, {"alpha": 0.1, "betas": (0.01, 0.9, 0.99)}),
+    ):
+        assert registration.fill_in_auto("ALTO", given, lambda: 8) == expected
+
+
+@pytest.mark.parametrize("name", ["ALTO", "E"])
+def test_auto_without_an_engine_of_deepspeed_is_refused(name: str) -> None:
+    made = getattr(torch.optim, name)
+    with pytest.raises(ValueError, match='"auto" needs the global batch of a DeepSpeed JSON'):
+        made([torch.nn.Parameter(torch.ones(2))], alpha="auto")
 
 
 def test_alto_ds_run_names_what_is_missing() -> None:
@@ -83,10 +119,11 @@ def trainer_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str
     """What runs of Trainer on 2 ranks left, by the README's routes."""
     pytest.importorskip("accelerate")
     folder = tmp_path_factory.mktemp("trainer")
-    # Trainer insists that betas and eps in the JSON be Adam's: leave them to ALTO.
+    # Trainer insists that eps in the JSON be Adam's: leave it to ALTO. It refuses "auto" for alpha.
     alto = {"type": "ALTO", "params": {"lr": "auto", "weight_decay": "auto", "alpha": -5}}
+    auto = {"type": "ALTO", "params": {"lr": "auto", "weight_decay": "auto", "betas": "auto"}}
     paths = []
-    for name, optimizer in (("json", alto), ("class", None)):
+    for name, optimizer in (("json", alto), ("class", None), ("auto", auto)):
         (folder / name).mkdir()
         paths.append(config(folder / name, 2, optimizer, gradient_accumulation_steps="auto"))
     output = launcher.run(
@@ -116,7 +153,13 @@ def test_trainer_trains_with_alto_on_two_ranks(trainer_runs: Any, route: str) ->
         ]
 
 
+def test_auto_in_trainers_json_is_of_the_global_batch(trainer_runs: Any) -> None:
+    assert trainer_runs["json"]["alpha, betas"] == [-5, [0.99, 0.9, 0.99]]
+    found = trainer_runs["json with auto, Trainer's own weight_decay"]["alpha, betas"]
+    assert found == [0.5, [0.01, 0.9, 0.99]]
+
+
 def test_with_trainers_own_weight_decay_of_0_all_layers_are_scaled(trainer_runs: Any) -> None:
-    run = trainer_runs["json, Trainer's own weight_decay"]
+    run = trainer_runs["json with auto, Trainer's own weight_decay"]
     assert run["scaled"] == run["layers"] == run["parameters"]
     assert len(run["warnings"]) == 1

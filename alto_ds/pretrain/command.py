@@ -24,6 +24,7 @@ from alto_ds.pretrain.deepspeed_json import check_values, read_deepspeed_json
 from alto_ds.pretrain.effective import lines_of_engine, lines_of_settings
 from alto_ds.pretrain.environment import is_first_of_node
 from alto_ds.pretrain.exits import ExitStatus
+from alto_ds.pretrain.held_out import write_held_out
 from alto_ds.pretrain.identity import (
     STATES,
     check_identity,
@@ -37,6 +38,7 @@ from alto_ds.pretrain.lock import one_run
 from alto_ds.pretrain.loop import evaluate, train
 from alto_ds.pretrain.metrics import Metrics, perplexity
 from alto_ds.pretrain.model import save_model
+from alto_ds.pretrain.monitors import Monitors, check_installed
 from alto_ds.pretrain.ranks import SetupError, init_distributed, on_ranks
 from alto_ds.pretrain.settings import SIZES, DataSettings, ModelSettings, RunSettings, Settings
 from alto_ds.pretrain.signals import watch_launchers
@@ -116,7 +118,9 @@ def _pretrain(settings: Settings, check_lock: Callable[[Path], None]) -> ExitSta
         tag, client_state, _ = resumed
         step = client_state["step"]
         on_ranks(not fresh_states, lambda: check_states(tag, client_state, of_states))
-    metrics = on_ranks(True, lambda: Metrics(folder, step, settings.steps, writes))
+    on_ranks(writes, lambda: write_held_out(folder, data.validation))
+    monitors = on_ranks(writes, lambda: Monitors(settings.deepspeed_config, folder, step))
+    metrics = on_ranks(True, lambda: Metrics(folder, step, settings.steps, writes, monitors))
     assert metrics is not None
 
     last_saved = step
@@ -191,6 +195,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
         parser.error(f"{error}")
     try:
         check_values(config)
+        check_installed(config)
     except ValueError as error:
         parser.error(f"--deepspeed_config={path}: {error}")
     return settings
@@ -232,11 +237,25 @@ def _parser() -> _Parser:
         description="Pre-train GPT-2 with DeepSpeed. The same command again resumes a run.",
         argument_default=argparse.SUPPRESS,  # the defaults are those of the settings
     )
-    parser.add_argument("--model", required=True, choices=SIZES, help="size of the model")
+    parser.add_argument(
+        "--model", required=True, help=f"{', '.join(SIZES)}, or the config.json of a GPT-2"
+    )
+    parser.add_argument("--n_layer", type=int, help="blocks (default: those of the model)")
+    parser.add_argument("--n_embd", type=int, help="hidden size (default: that of the model)")
+    parser.add_argument("--n_head", type=int, help="attention heads (default: those of the model)")
     parser.add_argument(
         "--output_dir", required=True, type=Path, help="checkpoints, metrics and the model"
     )
     data = parser.add_argument_group("text (default: Python's own standard library)")
+    data.add_argument(
+        "--data",
+        nargs="+",
+        metavar="[WEIGHT] PREFIX",
+        help="text prepared by alto_ds.pretrain.prepare; several to blend: 0.3 PREFIX 0.7 PREFIX",
+    )
+    data.add_argument(
+        "--verify_data", action="store_true", help="compare its checksums, too, not sizes alone"
+    )
     data.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="text files")
     data.add_argument("--encoding", help="of the text files (default: utf-8)")
     data.add_argument("--dataset", help="hub name, local folder or .jsonl file for `datasets`")
@@ -246,7 +265,10 @@ def _parser() -> _Parser:
     data.add_argument("--streaming", action="store_true", help="do not download the dataset first")
     data.add_argument("--validation_fraction", type=float, help="held-out documents")
     data.add_argument("--validation_sequences", type=int, help="at most so many")
-    data.add_argument("--tokenizer", help="hub name or folder (default: train a byte-level BPE)")
+    data.add_argument(
+        "--tokenizer",
+        help="hub name or folder (default: that of --data, else train a byte-level BPE)",
+    )
     data.add_argument("--vocab_size", type=int, help="of the tokenizer to train")
     data.add_argument("--tokenizer_documents", type=int, help="documents to train it on")
     data.add_argument("--seq_length", type=int, help="tokens (default: all that the model takes)")
@@ -276,6 +298,11 @@ def _parser() -> _Parser:
         "--activation_checkpointing",
         action="store_true",
         help="compute each block again for its gradient, to save memory",
+    )
+    run.add_argument(
+        "--trust_ratios_by_layer",
+        action="store_true",
+        help="record that of each layer at evaluations, and draw them",
     )
     run.add_argument("--profile", type=int, help="steps to record, in profile.json.gz")
     run.add_argument("--dropout", type=float, help="of GPT-2's three kinds")

@@ -40,6 +40,7 @@ from pydantic import BaseModel, ValidationError
 from torch.optim import Optimizer
 
 import alto_ds
+from alto_ds.registration import fill_in_auto
 
 MODELS: dict[str, type[BaseModel]] = {
     "zero_optimization": DeepSpeedZeroConfig,
@@ -152,9 +153,27 @@ def check_values(config: dict[str, Any]) -> None:
     Raises:
         ValueError: names the key by its path, its value, and what to write instead.
     """
+    config = _without_auto(config)
     _check_section(config, _known(), "")
     with _without_warnings():
         _check_parts(config)
+
+
+def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
+    """The JSON with numbers for the "auto" of ALTO and E, to be checked as they will be used.
+
+    Where the global batch depends on the number of ranks any will do, for all numbers are right.
+    """
+    section = config.get("optimizer")
+    if not isinstance(section, dict) or section.get("type") not in ("ALTO", "E"):
+        return config
+    params, batch_size = section.get("params"), config.get("train_batch_size")
+    if not isinstance(params, dict):
+        return config
+    size = batch_size if isinstance(batch_size, int) else 1000
+    return config | {
+        "optimizer": section | {"params": fill_in_auto(section["type"], params, lambda: size)}
+    }
 
 
 def _check_parts(config: dict[str, Any]) -> None:
@@ -337,7 +356,7 @@ def _check_optimizer(config: dict[str, Any]) -> None:
     if kind.lower() in DEEPSPEED_OPTIMIZERS:
         known, make = _of_deepspeed(kind.lower(), params, config), None
     else:
-        make = getattr(torch.optim, kind)
+        make = inspect.unwrap(getattr(torch.optim, kind))
         known = _defaults(make)
         if make is alto_ds.from_config:
             base = getattr(torch.optim, str(params.get("optimizer", "AdamW")), None)
@@ -464,6 +483,7 @@ def _try(path: str, make: Callable[..., Any], first: Any, params: dict[str, Any]
 
 
 def _is_optimizer(value: Any) -> bool:
+    value = inspect.unwrap(value)
     is_class = inspect.isclass(value) and issubclass(value, Optimizer) and value is not Optimizer
     return is_class or value is alto_ds.from_config
 

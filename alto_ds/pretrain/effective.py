@@ -12,7 +12,8 @@ from alto_ds.pretrain.settings import Settings
 
 def lines_of_settings(settings: Settings) -> list[str]:
     """The command's settings, with the defaults of those that were not given."""
-    model = dataclasses.asdict(settings.model) | {"seq_length": settings.model.length}
+    model = dataclasses.asdict(settings.model) | settings.model.architecture
+    model["seq_length"] = settings.model.length
     data = {k: v for k, v in dataclasses.asdict(settings.data).items() if v not in (None, ())}
     run = dataclasses.asdict(settings.run) | {"max_steps": settings.steps}
     return [_line("model", model), _line("data", data), _line("run", run)]

@@ -32,7 +32,7 @@ def identity_of(settings: Settings, engine: Any, fingerprint: str) -> dict[str, 
     model, data, config = settings.model, settings.data, settings.deepspeed_config
     trained = data.tokenizer is None  # a resumed run goes on with that tokenizer and trains none
     return {
-        "model": model.model,
+        "model": model.identity,
         "seq_length": model.length,
         "seed": settings.run.seed,
         "train_batch_size": engine.train_batch_size(),

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from alto_ds.pretrain.data.sequences import Sequences
 from alto_ds.pretrain.exits import ExitStatus
-from alto_ds.pretrain.metrics import Metrics, alto_of, perplexity, trust_ratio_metrics
+from alto_ds.pretrain.metrics import (
+    Metrics,
+    alto_of,
+    perplexity,
+    trust_ratio_metrics,
+    trust_ratios_of,
+)
 from alto_ds.pretrain.model import flops_per_token
 from alto_ds.pretrain.nonfinite import (
     SkippedSteps,
@@ -24,7 +30,7 @@ from alto_ds.pretrain.nonfinite import (
 )
 from alto_ds.pretrain.settings import Settings
 from alto_ds.pretrain.signals import Interruption, drop_lost_output
-from alto_ds.pretrain.speed import profiler, speed_metrics
+from alto_ds.pretrain.speed import peak_memory, profiler, speed_metrics
 
 # How a signal to any rank may end all of them; where both are wanted, the first.
 STOPS = (ExitStatus.INTERRUPTED, ExitStatus.REQUEUE)
@@ -107,12 +113,16 @@ def train(
             "step": step,
             "tokens": step * tokens,
             "loss": total_loss / world_size,
+            "ppl": perplexity(total_loss / world_size),
             "lr": lr,
         }
         norm = engine.get_global_grad_norm()
         if norm is not None:
             row["grad_norm"] = float(norm)
+        if engine.fp16_enabled():
+            row["loss_scale"] = float(engine.optimizer.loss_scale)
         row |= speed_metrics(tokens, flops, time.perf_counter() - began, step - first)
+        row["memory_gib"] = peak_memory() / 2**30
         profile.step()
         last = step == settings.steps
         saves = bool(stop or due_minutes or last or step % settings.run.save_interval == 0)
@@ -125,7 +135,10 @@ def train(
         if step == settings.warmup_steps or step % settings.run.eval_interval == 0 or last:
             loss_held_out = evaluate(engine, data.validation)
             row |= {"val_loss": loss_held_out, "val_ppl": perplexity(loss_held_out)}
-            row |= trust_ratio_metrics(engine)
+            ratios = trust_ratios_of(engine)
+            if ratios is not None:
+                row |= trust_ratio_metrics(ratios)
+                row |= {"trust_ratios": ratios} if settings.run.trust_ratios_by_layer else {}
         metrics.step(row)
         if saves:
             save(step)

@@ -1,4 +1,4 @@
-"""What does a run leave to look at? The progress bar, ``metrics.jsonl`` and the curves."""
+"""What does a run leave to look at? The progress bar, ``metrics.jsonl`` and the pictures."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from alto_ds import ALTO
 from alto_ds.checkpoint.deepspeed_files import optimizers_of
+from alto_ds.pretrain.monitors import Monitors
 
 
 class Metrics:
@@ -24,11 +26,20 @@ class Metrics:
             come from steps after the checkpoint.
         last_step: number of the last step.
         active: whether this is rank 0.
+        monitors: which are told of each step, too.
     """
 
-    def __init__(self, folder: Path, first_step: int, last_step: int, active: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        first_step: int,
+        last_step: int,
+        active: bool,
+        monitors: Monitors | None = None,
+    ) -> None:
         self.folder = folder
         self.active = active
+        self.monitors = monitors
         if not active:
             return
         self.path = folder / "metrics.jsonl"
@@ -54,8 +65,10 @@ class Metrics:
         if not self.active:
             return
         self.file.write(json.dumps(row) + "\n")
+        if self.monitors is not None:
+            self.monitors.step(row)
         self.bar.update(row["step"] - self.bar.n)
-        shown = {"loss": f"{row['loss']:.3f}", "ppl": f"{perplexity(row['loss']):.1f}"}
+        shown = {"loss": f"{row['loss']:.3f}", "ppl": f"{row['ppl']:.1f}"}
         if "tflops" in row:  # the step was not one of the first
             shown |= {"tokens_s": f"{row['tokens_per_second']:,.0f}"}
             shown |= {"mfu": f"{row['mfu']:.1%}"} if "mfu" in row else {}
@@ -69,42 +82,23 @@ class Metrics:
             self.bar.write(line)
 
     def close(self) -> None:
-        """End the progress bar and the file."""
+        """End the progress bar and the files."""
         if self.active:
             self.bar.close()
             self.file.close()
+        if self.monitors is not None:
+            self.monitors.close()
 
     def draw(self) -> None:
-        """Write ``curves.png``: losses, learning rate and gradient norm over steps."""
-        if not self.active:
-            return
-        import matplotlib
+        """Write ``curves.png``, and ``trust_ratios.png`` where there are those of each layer."""
+        if self.active:
+            from alto_ds.pretrain import curves  # imports matplotlib, which takes its time
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
-        rows = read_metrics(self.path)
-        steps = [row["step"] for row in rows]
-        validated = [row for row in rows if "val_loss" in row]
-        axes[0].plot(steps, [row["loss"] for row in rows], label="training", linewidth=1)
-        axes[0].plot(
-            [row["step"] for row in validated],
-            [row["val_loss"] for row in validated],
-            "o-",
-            label="held-out",
-        )
-        axes[0].legend()
-        axes[1].plot(steps, [row["lr"] for row in rows])
-        norms = [row.get("grad_norm") for row in rows]
-        axes[2].plot(steps, [float("nan") if norm is None else norm for norm in norms])
-        for axis, title in zip(
-            axes, ("loss (nats per token)", "learning rate", "gradient norm"), strict=True
-        ):
-            axis.set(title=title, xlabel="step")
-            axis.grid(alpha=0.3)
-        figure.savefig(self.folder / "curves.png", dpi=110)
-        pyplot.close(figure)
+            rows = read_metrics(self.path)
+            curves.draw_curves(rows, self.folder / "curves.png")
+            by_layer = {row["step"]: row["trust_ratios"] for row in rows if row.get("trust_ratios")}
+            if by_layer:
+                curves.draw_trust_ratios(by_layer, self.folder / "trust_ratios.png")
 
 
 def alto_of(engine: Any) -> ALTO | None:
@@ -112,8 +106,8 @@ def alto_of(engine: Any) -> ALTO | None:
     return next((found for found in optimizers_of(engine) if isinstance(found, ALTO)), None)
 
 
-def trust_ratio_metrics(engine: Any) -> dict[str, float]:
-    """How the latest step scaled the layers: the smallest, median and largest trust ratio.
+def trust_ratios_of(engine: Any) -> dict[str, float] | None:
+    """How the latest step scaled the layers: the trust ratio of each that is scaled, by name.
 
     Needs no communication, and waits for the device. The same on every rank.
 
@@ -121,14 +115,26 @@ def trust_ratio_metrics(engine: Any) -> dict[str, float]:
         engine: DeepSpeed's engine, of whose optimizer wrappers the innermost may be ALTO.
 
     Returns:
-        The number of scaled layers in ``layers_scaled``, and the three over them where there are
-        any; all NaN where a layer's is. Nothing where the optimizer has no trust ratios.
+        None where the optimizer has no trust ratios.
     """
     optimizer = alto_of(engine)
     if optimizer is None:
-        return {}
-    layers = optimizer.trust_ratios(engine.module.named_parameters()).values()
-    ratios = [layer.ratio for layer in layers if layer.scaled]
+        return None
+    layers = optimizer.trust_ratios(engine.module.named_parameters())
+    return {name: layer.ratio for name, layer in layers.items() if layer.scaled}
+
+
+def trust_ratio_metrics(trust_ratios: Mapping[str, float]) -> dict[str, float]:
+    """The smallest, median and largest trust ratio of a step.
+
+    Args:
+        trust_ratios: of the layers that are scaled.
+
+    Returns:
+        The number of scaled layers in ``layers_scaled``, and the three over them where there are
+        any; all NaN where a layer's is.
+    """
+    ratios = trust_ratios.values()
     if not ratios:
         return {"layers_scaled": 0}
     low, median, high = min(ratios), statistics.median(ratios), max(ratios)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config
 
-from alto_ds.pretrain.settings import SIZES, ModelSettings
+from alto_ds.pretrain.settings import ModelSettings
 
 IGNORED = -100  # a label that is not predicted
 # Logits in memory at once: 512 MiB in float32. More are computed part by part, and again for the
@@ -67,7 +67,7 @@ def model_config(settings: ModelSettings, tokenizer: Any) -> GPT2Config:
     """The configuration of the model that the settings name, for a tokenizer."""
     dropout = settings.dropout
     return GPT2Config(
-        **SIZES[settings.model],
+        **settings.architecture,
         # Rows in multiples of 64 make faster matrix products on GPUs; no token uses the rest.
         vocab_size=-(-len(tokenizer) // 64) * 64,
         resid_pdrop=dropout,

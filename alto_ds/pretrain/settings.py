@@ -6,11 +6,16 @@ a command line, gets the same checks.
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
+
+from transformers.activations import ACT2FN
 
 # The sizes of GPT-2 (Radford et al., 2019) by their names on the Hugging Face hub, and one that
 # learns on a CPU within minutes.
@@ -21,6 +26,15 @@ SIZES: dict[str, dict[str, int]] = {
     "gpt2-large": {"n_layer": 36, "n_embd": 1280, "n_head": 20, "n_positions": 1024},
     "gpt2-xl": {"n_layer": 48, "n_embd": 1600, "n_head": 25, "n_positions": 1024},
 }
+# What a model's config.json says of its architecture; the rest is the run's affair.
+NEEDED = ("n_layer", "n_embd", "n_head")
+ARCHITECTURE: dict[str, type] = {
+    **dict.fromkeys((*NEEDED, "n_positions", "n_inner"), int),
+    **dict.fromkeys(("layer_norm_epsilon", "initializer_range"), float),
+    **dict.fromkeys(("scale_attn_weights", "scale_attn_by_inverse_layer_idx"), bool),
+    **dict.fromkeys(("reorder_and_upcast_attn", "tie_word_embeddings"), bool),
+    "activation_function": str,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +42,16 @@ class ModelSettings:
     """Which model is trained.
 
     Attributes:
-        model: a name of :data:`SIZES`.
+        model: a name of :data:`SIZES`, or the config.json of a GPT-2 in Hugging Face's format, of
+            which :data:`ARCHITECTURE` is read.
         seq_length: tokens in a sequence; None for as many as the model has positions.
         dropout: probability of GPT-2's three kinds of dropout.
         compile: compile the model and its loss; None where that pays: see
             :func:`alto_ds.pretrain.setup.compiles`.
         activation_checkpointing: compute each block again for its gradient, to save memory.
+        n_layer: blocks; None for those of ``model``, as the next two.
+        n_embd: hidden size.
+        n_head: attention heads.
 
     Raises:
         ValueError: a value is out of its range.
@@ -44,10 +62,17 @@ class ModelSettings:
     dropout: float = 0.0
     compile: bool | None = None
     activation_checkpointing: bool = False
+    n_layer: int | None = None
+    n_embd: int | None = None
+    n_head: int | None = None
 
     def __post_init__(self) -> None:
-        if self.model not in SIZES:
-            raise ValueError(f"--model={self.model} must be one of {', '.join(SIZES)}")
+        sizes = {name: self.architecture[name] for name in (*NEEDED, "n_positions")}
+        _at_least(1, **sizes)
+        if sizes["n_embd"] % sizes["n_head"]:
+            raise ValueError(
+                f"--n_embd={sizes['n_embd']} must be a multiple of --n_head={sizes['n_head']}"
+            )
         _at_least(2, seq_length=self.seq_length)  # one token to predict the next from
         _is_number(dropout=self.dropout)
         if not 0 <= self.dropout < 1:
@@ -57,10 +82,23 @@ class ModelSettings:
                 f"--seq_length={self.length}: {self.model} takes {self.positions} tokens at most"
             )
 
+    @functools.cached_property
+    def architecture(self) -> dict[str, Any]:
+        """The model's part of :data:`ARCHITECTURE`, all of :data:`SIZES`'s keys among it."""
+        given = {name: getattr(self, name) for name in NEEDED}
+        size = _read_architecture(self.model) if self.model not in SIZES else SIZES[self.model]
+        return size | {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def identity(self) -> str | dict[str, Any]:
+        """The model's name where its architecture is that of :data:`SIZES`, else that."""
+        names = [name for name, size in SIZES.items() if size == self.architecture]
+        return names[0] if names else self.architecture
+
     @property
     def positions(self) -> int:
         """Tokens that the model takes at most."""
-        return SIZES[self.model]["n_positions"]
+        return self.architecture["n_positions"]
 
     @property
     def length(self) -> int:
@@ -73,7 +111,9 @@ class DataSettings:
     """Which text is trained on, and how it becomes tokens.
 
     Attributes:
-        text: files; none of ``text`` and ``dataset`` is Python's own standard library.
+        data: prefix of a prepared text, or weights and prefixes in turn: 0.3 A 0.7 B.
+        verify_data: compare the checksums of a prepared text, too; sizes are always compared.
+        text: files; none of ``data``, ``text`` and ``dataset`` is Python's own standard library.
         encoding: of the files that ``text`` names.
         dataset: hub name, local folder or .jsonl file for the ``datasets`` library.
         dataset_config: configuration of the dataset on the hub.
@@ -82,7 +122,8 @@ class DataSettings:
         streaming: read the dataset while training and do not download it first.
         validation_fraction: part of the documents that is held out, in (0, 1).
         validation_sequences: held-out sequences at most.
-        tokenizer: hub name or folder; None to train a byte-level BPE on the text.
+        tokenizer: hub name or folder; None for that of ``data``, or to train a byte-level BPE on
+            the text.
         vocab_size: tokens of the tokenizer that is trained.
         tokenizer_documents: documents that it is trained on, at most.
 
@@ -90,6 +131,8 @@ class DataSettings:
         ValueError: a value is out of its range, or two do not go together.
     """
 
+    data: Sequence[str] = ()
+    verify_data: bool = False
     text: Sequence[Path] = ()
     encoding: str = "utf-8"
     dataset: str | None = None
@@ -104,6 +147,13 @@ class DataSettings:
     tokenizer_documents: int = 100_000
 
     def __post_init__(self) -> None:
+        if self.data and (self.text or self.dataset):
+            raise ValueError(
+                "--data names prepared text, and --text or --dataset other text; give one of them"
+            )
+        if self.verify_data and not self.data:
+            raise ValueError("--verify_data goes with --data; leave it out for other text")
+        _ = self.blend
         if self.text and self.dataset:
             raise ValueError("--text and --dataset both name text; give one of them")
         if self.encoding != "utf-8" and not self.text:
@@ -130,6 +180,27 @@ class DataSettings:
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"--validation_fraction={self.validation_fraction} must be in (0, 1)")
 
+    @property
+    def blend(self) -> dict[str, Fraction]:
+        """The weight of each prefix in ``data``, 1 in all."""
+        words = list(self.data)
+        if len(words) == 1:
+            words = ["1", *words]
+        try:
+            weights = [Fraction(word) for word in words[::2]]
+        except (ValueError, ZeroDivisionError):
+            weights = []
+        prefixes = words[1::2]
+        if len(weights) != len(prefixes) or any(weight <= 0 for weight in weights):
+            raise ValueError(
+                f"--data={' '.join(self.data)} must be a prefix, or weights above 0 and prefixes "
+                "in turn, such as 0.3 data/books 0.7 data/web"
+            )
+        if len(set(prefixes)) < len(prefixes):
+            raise ValueError(f"--data={' '.join(self.data)} names a prefix twice; add the weights")
+        total = sum(weights)
+        return {prefix: w / total for prefix, w in zip(prefixes, weights, strict=True)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
@@ -145,6 +216,7 @@ class RunSettings:
         save_minutes: minutes after which a checkpoint is written besides; infinite for never.
         max_skipped_steps: steps in a row that DeepSpeed may skip before the run ends. The default
             lets a loss scale of 2**32 fall to 1.
+        trust_ratios_by_layer: record the trust ratio of each layer at evaluations, too.
         profile: steps of rank 0 to record for ``torch.profiler``, after the first ones; None for
             none.
         fresh_states: start the optimizer's states anew where the run goes on, once; optimizer and
@@ -165,6 +237,7 @@ class RunSettings:
     keep_every: int | None = None
     save_minutes: float = math.inf
     max_skipped_steps: int = 50
+    trust_ratios_by_layer: bool = False
     profile: int | None = None
     fresh_states: bool = False
     seed: int = 1234
@@ -237,6 +310,34 @@ class Settings:
         section = self.deepspeed_config.get("scheduler")
         params = section.get("params") if isinstance(section, dict) else None
         return params if isinstance(params, dict) else {}
+
+
+def _read_architecture(path: str) -> dict[str, Any]:
+    """:data:`ARCHITECTURE` in a model's config.json."""
+    if not path.endswith(".json"):
+        raise ValueError(f"--model={path} must be one of {', '.join(SIZES)}, or a config.json")
+    try:
+        config = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"--model={path} cannot be read as JSON: {error}") from None
+    kind = config.get("model_type", "gpt2") if isinstance(config, dict) else "no object"
+    if kind != "gpt2":
+        raise ValueError(f"--model={path} is of {kind}; name the config.json of a GPT-2")
+    missing = [name for name in NEEDED if name not in config]
+    if missing:
+        raise ValueError(f"--model={path} has no {missing[0]}; write a whole number for it")
+    # A value that is null stands for the default, too.
+    given = {name: config[name] for name in ARCHITECTURE if config.get(name) is not None}
+    for name, value in given.items():
+        kind = ARCHITECTURE[name]
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"--model={path}: {name}={value!r} must be of type {kind.__name__}")
+    if given.get("activation_function", "gelu_new") not in ACT2FN:
+        raise ValueError(
+            f"--model={path}: activation_function={given['activation_function']!r} is not known to "
+            'transformers; GPT-2\'s is "gelu_new"'
+        )
+    return {"n_positions": 1024} | given
 
 
 def _at_least(minimum: int, **values: int | None) -> None:

@@ -16,6 +16,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from alto_ds import checkpoint
 from alto_ds.pretrain.data.sequences import Sequences, make_sequences
 from alto_ds.pretrain.model import make_model, model_config, parameter_groups
+from alto_ds.pretrain.monitors import SECTIONS
 from alto_ds.pretrain.ranks import PREPARATION_TIMEOUT, SetupError, on_ranks
 from alto_ds.pretrain.settings import ModelSettings, Settings
 
@@ -50,7 +51,7 @@ def prepare_data(settings: Settings) -> Sequences:
         raise SetupError(
             f"the ranks have read different text or trained different tokenizers "
             f"(fingerprints {sorted(set(fingerprints))}): is Python's standard library the same "
-            "on all nodes? Name the text by --text or --dataset."
+            "on all nodes? Name the text by --data, --text or --dataset."
         )
     return data
 
@@ -64,10 +65,12 @@ def make_engine(settings: Settings, tokenizer: Any) -> Any:
     )
     # DeepSpeed's own measure of throughput waits for the device in each micro step.
     defaults = {"timers": {"throughput": {"enabled": False}}}
+    # The run writes to its monitors itself; DeepSpeed would write some of it again.
+    config = {k: v for k, v in settings.deepspeed_config.items() if k not in SECTIONS}
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model),
-        config=defaults | settings.deepspeed_config,
+        config=defaults | config,
     )
     if compiles(settings.model, engine.zero_optimization_stage()):
         if shutil.which(cxx := os.environ.get("CXX", "g++")) is None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import resource
 from typing import Any, Protocol
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch.profiler import profile, schedule
 
 from alto_ds.pretrain.settings import RunSettings
@@ -36,6 +38,13 @@ def speed_metrics(tokens: int, flops: float, seconds: float, steps: int) -> dict
         if peak := _peak():
             found["mfu"] = flops / seconds / peak
     return found
+
+
+def peak_memory() -> int:
+    """Bytes that this rank has held at most: of the device's memory, on a CPU of the machine's."""
+    if get_accelerator().device_name() == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return get_accelerator().max_memory_allocated()
 
 
 @functools.cache

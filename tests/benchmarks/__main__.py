@@ -1,6 +1,6 @@
 """Run the benchmarks, print tables, and write all figures as JSON.
 
-    python -m tests.benchmarks                      # all of them: 45 minutes on 2 cores
+    python -m tests.benchmarks                      # all of them: 50 minutes on 2 cores
     python -m tests.benchmarks steps --model gpt2   # one
 
 Each runs in a process of its own, on a machine that should have nothing else to do. The contenders
@@ -24,7 +24,7 @@ import torch
 
 BENCHMARKS = (
     *("startup", "steps", "memory", "growth", "collectives", "training", "checkpoints"),
-    *("long_run", "loss", "throughput"),
+    *("long_run", "loss", "throughput", "prepare"),
 )
 
 

@@ -104,7 +104,7 @@ def steps(device: str, folder: Path) -> list[Step]:
 def pretrain_345m(folder: Path, small: bool) -> list[str]:
     """The main job's command: 20 steps of a global batch that takes a second on one GPU."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = json.loads((ROOT / "configs/gpt2_345m_zero1.json").read_text())
+    config = json.loads((ROOT / "configs/gpt2-medium/paper_alto.json").read_text())
     config["train_micro_batch_size_per_gpu"] = 2 if small else 16
     config["train_batch_size"] = 4 if small else 64
     config["scheduler"]["params"] |= {"total_num_steps": 100, "warmup_num_steps": 10}

@@ -162,7 +162,7 @@ def main_job(
     given: argparse.Namespace,
     checkout: Path | None = None,
 ) -> Job:
-    """The main job, with a shipped configuration but for the optimizer and the stage of ZeRO.
+    """The main job under ZeRO-1, with a shipped configuration but for the optimizer.
 
     Args:
         case: what it trains.
@@ -172,11 +172,11 @@ def main_job(
         checkout: of this repository, where it is another than this one.
     """
     folder.mkdir()
-    config = json.loads((ROOT / "configs/gpt2_tiny_zero1.json").read_text())
+    config = json.loads((ROOT / "configs/gpt2-tiny/zero1.json").read_text())
     config["train_batch_size"] = case.micro * case.accumulation * RANKS
     config["train_micro_batch_size_per_gpu"] = case.micro
     config["optimizer"] = optimizer
-    config["zero_optimization"] = json.loads(given.zero)
+    config["zero_optimization"] |= json.loads(given.zero)
     # After the warm-up of the learning rate it would evaluate.
     config["scheduler"]["params"] |= {"warmup_num_steps": 10**6, "total_num_steps": 10**7}
     (folder / "config.json").write_text(json.dumps(config))
@@ -243,7 +243,7 @@ def nanogpt(case: Case, source: str, folder: Path, compiled: bool) -> Job:
 def contenders(case: Case, folder: Path, given: argparse.Namespace) -> Iterator[dict[str, Job]]:
     """All contenders, warm and stopped, by name."""
     source = given.nanogpt
-    params = json.loads((ROOT / "configs/gpt2_345m_zero1.json").read_text())["optimizer"]
+    params = json.loads((ROOT / "configs/gpt2-medium/paper_alto.json").read_text())["optimizer"]
     adamw = {"type": "AdamW", "params": {"lr": 6e-4, "weight_decay": 0.1, "torch_adam": True}}
     makers = {
         "nanoGPT, eager": lambda path: nanogpt(case, source, path, False),
@@ -303,7 +303,7 @@ def main() -> None:
     parser.add_argument("--case", type=int, help="number of the only one to measure")
     parser.add_argument("--options", default="", help="for the main job, such as --no-compile")
     parser.add_argument("--before", type=Path, help="another checkout, whose main job takes part")
-    parser.add_argument("--zero", default='{"stage": 1}', help="zero_optimization of the main job")
+    parser.add_argument("--zero", default="{}", help="more in zero_optimization of the main job")
     parser.add_argument("--phases", action="store_true", help="of the main job's steps, as well")
     parser.add_argument("--without", nargs="*", default=[], help="names of contenders to leave out")
     given = parser.parse_args()

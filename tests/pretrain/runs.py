@@ -20,7 +20,7 @@ TEXTS = [STDLIB / name for name in ("argparse.py", "ast.py", "inspect.py")]
 
 def options(folder: Path, output: str, stage: int = 2, **more: Any) -> list[str]:
     """Options of 12 steps on a little text, with dropout; results go to ``folder/output``."""
-    config = json.loads((ROOT / f"configs/gpt2_tiny_zero{stage}.json").read_text())
+    config = json.loads((ROOT / f"configs/gpt2-tiny/zero{stage}.json").read_text())
     config |= {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2}
     config["scheduler"]["params"] |= {"total_num_steps": STEPS, "warmup_num_steps": 2}
     path = folder / f"zero{stage}.json"
@@ -42,9 +42,9 @@ def options(folder: Path, output: str, stage: int = 2, **more: Any) -> list[str]
 
 
 def measured(folder: Path) -> list[dict[str, Any]]:
-    """All that a run has measured at each step, times aside."""
+    """All that a run has measured at each step, times and memory aside."""
     rows = read_metrics(folder / "metrics.jsonl")
-    speed = ("tokens_per_second", "tflops", "mfu")
+    speed = ("tokens_per_second", "tflops", "mfu", "memory_gib")
     return [{k: v for k, v in row.items() if k not in speed} for row in rows]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from alto_ds.pretrain.command import parse_arguments
 from alto_ds.pretrain.settings import DataSettings, ModelSettings, RunSettings, Settings
 from tests.launcher import ROOT
 
-CONFIG = ROOT / "configs/gpt2_tiny_zero2.json"
+CONFIG = ROOT / "configs/gpt2-tiny/zero2.json"
 
 
 def parsed(*more: str, config: Path = CONFIG) -> Settings:
@@ -46,11 +47,15 @@ def test_options_that_are_given_reach_the_settings() -> None:
 def test_every_setting_is_an_option() -> None:
     options = {
         "streaming": ["--dataset", "d", "--streaming"],
+        "verify_data": ["--data", "d", "--verify_data"],
         "encoding": ["--text", "a.txt", "--encoding", "latin-1"],
         "fresh_states": ["--fresh_states"],
+        "trust_ratios_by_layer": ["--trust_ratios_by_layer"],
         "compile": ["--compile"],
         "activation_checkpointing": ["--activation_checkpointing"],
         "text": ["--text", "7"],
+        "n_embd": ["--n_embd", "8"],
+        "n_head": ["--n_head", "8"],
         "model": ["--model", "gpt2"],
         "validation_fraction": ["--validation_fraction", "0.7"],
         "dropout": ["--dropout", "0.7"],
@@ -61,6 +66,63 @@ def test_every_setting_is_an_option() -> None:
             changed = parsed(*options.get(field.name, [f"--{field.name}", "7"]))
             old, new = (getattr(getattr(s, part), field.name) for s in (parsed(), changed))
             assert old != new, field.name
+
+
+def test_sizes_are_free_and_those_of_a_name_are_its_own(tmp_path: Path) -> None:
+    tiny = {"n_layer": 2, "n_embd": 128, "n_head": 4, "n_positions": 128}
+    assert parsed().model.architecture == tiny
+    model = parsed("--n_layer", "3", "--n_embd", "64", "--n_head", "8").model
+    assert model.architecture == tiny | {"n_layer": 3, "n_embd": 64, "n_head": 8}
+    assert model.identity == model.architecture
+    assert parsed("--n_layer", "2").model.identity == "gpt2-tiny"
+    path = tmp_path / "config.json"
+    # As Hugging Face writes it; what is not of the architecture is the run's affair.
+    of_hub = {"model_type": "gpt2", "vocab_size": 50257, "attn_pdrop": 0.1, "n_inner": None}
+    path.write_text(json.dumps(of_hub | tiny | {"layer_norm_epsilon": 1e-6}))
+    model = parsed("--model", str(path), "--n_layer", "1").model
+    assert model.architecture == tiny | {"n_layer": 1, "layer_norm_epsilon": 1e-6}
+    assert model.length == 128
+    assert "vocab_size" not in model.architecture
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"n_layers": 2}, "config.json has no n_layer"),
+        ({"model_type": "llama"}, "config.json is of llama; name the config.json of a GPT-2"),
+        (["gpt2"], "config.json is of no object"),
+        ({"n_head": "4"}, "n_head='4' must be of type int"),
+        ({"n_head": 5}, "--n_embd=16 must be a multiple of --n_head=5"),
+        ({"n_layer": 0}, "--n_layer=0 must be at least 1"),
+        ({"n_positions": 8}, "config.json takes 8 tokens at most"),
+        ({"scale_attn_weights": 1}, "scale_attn_weights=1 must be of type bool"),
+        (
+            {"activation_function": "gleu"},
+            "activation_function='gleu' is not known to transformers",
+        ),
+    ],
+)
+def test_a_config_json_that_does_not_fit_is_refused(
+    tmp_path: Path, content: Any, message: str
+) -> None:
+    if isinstance(content, dict):
+        size = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 16}
+        content = content if "n_layers" in content else size | content
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ModelSettings(model=str(tmp_path / "config.json"), seq_length=16)
+
+
+def test_auto_is_taken_in_the_json_of_alto_and_of_e(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    config = json.loads(CONFIG.read_text())
+    for params in ({"alpha": "auto"}, {"betas": "auto"}, {"alpha": "auto", "betas": "auto"}):
+        config["optimizer"] = {"type": "ALTO", "params": params}
+        path.write_text(json.dumps(config))
+        assert parsed(config=path).deepspeed_config == config  # DeepSpeed reads it unaltered
+    config["optimizer"] = {"type": "E", "params": {"alpha": "auto", "beta": "auto", "lr": 0.1}}
+    path.write_text(json.dumps(config))
+    assert parsed(config=path).deepspeed_config == config
 
 
 def test_what_is_left_to_model_and_schedule_is_derived() -> None:

@@ -1,7 +1,7 @@
 """Hugging Face Trainer with ALTO, by the two routes that the README shows, and without decay.
 
-usage: train_with_trainer.py JSON CLASS OUTPUT_DIR, two DeepSpeed configurations, the first with
-ALTO and the second without an optimizer
+usage: train_with_trainer.py JSON CLASS AUTO OUTPUT_DIR, three DeepSpeed configurations: with ALTO,
+without an optimizer, and with ALTO's "betas": "auto" and no alpha
 """
 
 import json
@@ -17,7 +17,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 import alto_ds
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-with_alto, without_optimizer, output_dir = [w for w in sys.argv[1:] if not w.startswith("--")]
+with_alto, without_optimizer, with_auto, output_dir = [
+    word for word in sys.argv[1:] if not word.startswith("--")
+]
 LR, STEPS = 0.1, 60  # from weights as small as GPT-2's first ones, ratios let layers grow slowly
 pattern = torch.arange(32) * 7 % 64
 examples = [{"input_ids": (pattern + i) % 64, "labels": (pattern + i) % 64} for i in range(256)]
@@ -52,6 +54,7 @@ def train(config: str, weight_decay: float, steps: int, **more: Any) -> dict[str
     ratios = alto.trust_ratios(model.named_parameters())
     return {
         "optimizer": type(alto).__name__,
+        "alpha, betas": [alto.param_groups[0][name] for name in ("alpha", "betas")],
         "groups": len(alto.param_groups),
         "layers": sorted(ratios),
         "scaled": sorted(name for name, row in ratios.items() if row.scaled),
@@ -67,7 +70,7 @@ runs = {
     "class": train(
         without_optimizer, 1e-4, STEPS, optimizer_cls_and_kwargs=(alto_ds.ALTO, settings)
     ),
-    "json, Trainer's own weight_decay": train(with_alto, 0.0, 2),
+    "json with auto, Trainer's own weight_decay": train(with_auto, 0.0, 2),
 }
 if torch.distributed.get_rank() == 0:
     print("RESULT " + json.dumps(runs))

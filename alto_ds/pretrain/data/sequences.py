@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from alto_ds.pretrain.data.order import micro_batches, shuffled
+from alto_ds.pretrain.data.prepared import PreparedSequences
 from alto_ds.pretrain.data.text import TEXT, documents
 from alto_ds.pretrain.data.tokenizer import make_tokenizer
 from alto_ds.pretrain.settings import Settings
@@ -61,6 +63,8 @@ class Sequences(Protocol):
 def make_sequences(settings: Settings, resumed: bool) -> Sequences:
     """Read, split, tokenize and pack; later calls find all that in the library's cache.
 
+    A prepared text is mapped into memory instead.
+
     Args:
         settings: of the run.
         resumed: whether the run has a checkpoint, and so a tokenizer to go on with.
@@ -68,6 +72,8 @@ def make_sequences(settings: Settings, resumed: bool) -> Sequences:
     Raises:
         ValueError: there is not enough text, or a setting does not fit it.
     """
+    if settings.data.data:
+        return PreparedSequences(settings)
     kind = StreamedSequences if settings.data.streaming else StoredSequences
     return kind(settings, resumed)
 
@@ -100,8 +106,8 @@ class StoredSequences:
         self, first_batch: int, batch_size: int, gas: int, rank: int, world_size: int
     ) -> Iterator[Tensor]:
         """See :meth:`Sequences.training_batches`."""
-        order = _shuffled(len(self._training), first_batch * batch_size, self._seed)
-        return _micro_batches(order, self._read, batch_size, gas, rank, world_size)
+        order = shuffled(len(self._training), first_batch * batch_size, self._seed)
+        return micro_batches(order, self._read, batch_size, gas, rank, world_size)
 
     def _read(self, index: int) -> Tensor:
         return self._training[index][TOKENS]
@@ -141,36 +147,11 @@ class StreamedSequences:
         """See :meth:`Sequences.training_batches`."""
         epochs = itertools.chain.from_iterable(itertools.repeat(self._training))
         rows = itertools.islice(epochs, first_batch * batch_size, None)
-        return _micro_batches(rows, self._read, batch_size, gas, rank, world_size)
+        return micro_batches(rows, self._read, batch_size, gas, rank, world_size)
 
     @staticmethod
     def _read(row: dict[str, Any]) -> Tensor:
         return torch.as_tensor(row[TOKENS])
-
-
-def _micro_batches(
-    sequences: Iterator[Any],
-    read: Callable[[Any], Tensor],
-    batch_size: int,
-    gas: int,
-    rank: int,
-    world_size: int,
-) -> Iterator[Tensor]:
-    """This rank's micro batches. ``sequences`` is that of all ranks; ``read`` is called on few."""
-    micro = batch_size // gas // world_size
-    while True:
-        batch = list(itertools.islice(sequences, batch_size))
-        for accumulated in range(gas):
-            start = (accumulated * world_size + rank) * micro
-            yield torch.stack([read(sequence) for sequence in batch[start : start + micro]])
-
-
-def _shuffled(total: int, start: int, seed: int) -> Iterator[int]:
-    """Numbers below ``total``, each once in an epoch, from the ``start``-th of all epochs on."""
-    for epoch in itertools.count(start // total):
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed + epoch))
-        first = start % total if epoch == start // total else 0
-        yield from order[first:].tolist()
 
 
 def _pack(

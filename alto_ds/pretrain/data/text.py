@@ -95,9 +95,24 @@ def _generated(read: Any, arguments: dict[str, Any]) -> Any:
 def _read(stamps: list[tuple[str, int, int]], encoding: str | None) -> Iterator[dict[str, str]]:
     """One document per 20,000 characters of a file, so that one long file can be split."""
     for path, *_ in stamps:
-        text = read_text(Path(path), encoding)
-        for start in range(0, len(text), 20_000):
-            yield {TEXT: text[start : start + 20_000]}
+        for text in _parts(Path(path), encoding):
+            yield {TEXT: text}
+
+
+def _parts(path: Path, encoding: str | None) -> Iterator[str]:
+    """What :func:`read_text` reads, 20,000 characters at a time: a file may be large."""
+    errors = "strict" if encoding else "replace"
+    try:
+        if encoding:
+            _check_mark(path, encoding)
+        with open(path, encoding=encoding or "utf-8", errors=errors) as file:
+            while text := file.read(20_000):
+                if encoding and "\0" in text:
+                    raise ValueError(f"{path} is no text")
+                yield text
+    except ValueError:  # UnicodeDecodeError is one
+        read_text(path, encoding)  # says where in the file it is wrong
+        raise
 
 
 def read_text(path: Path, encoding: str | None) -> str:
@@ -114,12 +129,7 @@ def read_text(path: Path, encoding: str | None) -> str:
     raw = path.read_bytes()
     if encoding is None:
         return _with_plain_lines(raw.decode("utf-8", errors="replace"))
-    marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if raw.startswith(mark)), None)
-    if marked and not codecs.lookup(encoding).name.startswith(marked):
-        raise ValueError(
-            f"{path} is {marked.upper()}, by its mark at byte 0; write --encoding {marked}, or "
-            "convert it to UTF-8."
-        )
+    _check_mark(path, encoding)
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
@@ -135,6 +145,17 @@ def read_text(path: Path, encoding: str | None) -> str:
             "UTF-16, write --encoding utf-16-le (or utf-16-be), or convert it to UTF-8."
         )
     return _with_plain_lines(text)
+
+
+def _check_mark(path: Path, encoding: str) -> None:
+    with open(path, "rb") as file:
+        begin = file.read(4)
+    marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if begin.startswith(mark)), None)
+    if marked and not codecs.lookup(encoding).name.startswith(marked):
+        raise ValueError(
+            f"{path} is {marked.upper()}, by its mark at byte 0; write --encoding {marked}, or "
+            "convert it to UTF-8."
+        )
 
 
 def _with_plain_lines(text: str) -> str:

@@ -39,7 +39,7 @@ def make_tokenizer(
             no end-of-text token; or that of a resumed run is broken.
     """
     if settings.tokenizer:
-        return _named(settings.tokenizer)
+        return named_tokenizer(settings.tokenizer)
     made_of = {
         "text": fingerprint,
         "size": settings.vocab_size,
@@ -75,13 +75,13 @@ def _kept(folder: Path, record: Path) -> PreTrainedTokenizerFast:
 
 def _whole(folder: Path) -> PreTrainedTokenizerFast:
     """Load a tokenizer that was trained here."""
-    tokenizer = _load(str(folder))
+    tokenizer = load_tokenizer(str(folder))
     if tokenizer.eos_token != END_OF_TEXT:  # the library makes up for files that are missing
         raise ValueError(f"{folder} has no end-of-text token")
     return tokenizer
 
 
-def _load(name: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """Load a fast tokenizer; what is wrong with it is a ValueError, whatever the library raises."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -96,9 +96,9 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _named(name: str) -> PreTrainedTokenizerFast:
+def named_tokenizer(name: str) -> PreTrainedTokenizerFast:
     try:
-        tokenizer = _load(name)
+        tokenizer = load_tokenizer(name)
     except ValueError as error:
         raise ValueError(
             f"--tokenizer={error}. Name one of the hub, or a folder with tokenizer.json."
