@@ -1,4 +1,4 @@
-"""Tokens a second of the main job, with ALTO and with AdamW, and of nanoGPT's train.py.
+"""Tokens a second of the main job, with ALTO and with AdamW, of nanoGPT and of Hugging Face.
 
 The same GPT-2, micro batch, sequence and accumulation on two CPU ranks. All contenders are started
 once, as plain processes, and stopped (SIGSTOP) when they are warm; then they take turns: one goes
@@ -6,7 +6,8 @@ on for some steps, of which the first, in which it was stopped, does not count.
 
 nanoGPT (https://github.com/karpathy/nanoGPT) is cloned, or read from ``--nanogpt``, a clone of it
 that may be a bare one. Its train.py trains on several ranks with CUDA only, so the lines that name
-a device are changed in a copy; its data are random tokens.
+a device are changed in a copy; its data are random tokens. Hugging Face's example run_clm is its
+Trainer around a model and a text: see ``hf_trainer``.
 """
 
 from __future__ import annotations
@@ -239,6 +240,14 @@ def nanogpt(case: Case, source: str, folder: Path, compiled: bool) -> Job:
     return Job(["train.py", *options], folder, folder / "log.txt", "iter ")
 
 
+def trainer(case: Case, folder: Path) -> Job:
+    """Hugging Face's Trainer under DDP."""
+    folder.mkdir()
+    numbers = (case.vocabulary, case.length, case.micro, case.accumulation)
+    arguments = ["-m", "tests.benchmarks.hf_trainer", case.model, *map(str, numbers)]
+    return Job(arguments, folder, folder / "log.txt", "'loss'")
+
+
 @contextlib.contextmanager
 def contenders(case: Case, folder: Path, given: argparse.Namespace) -> Iterator[dict[str, Job]]:
     """All contenders, warm and stopped, by name."""
@@ -248,6 +257,7 @@ def contenders(case: Case, folder: Path, given: argparse.Namespace) -> Iterator[
     makers = {
         "nanoGPT, eager": lambda path: nanogpt(case, source, path, False),
         YARDSTICK: lambda path: nanogpt(case, source, path, True),
+        "Trainer, compiled": lambda path: trainer(case, path),
         "main job, ALTO": lambda path: main_job(case, params, path, given),
         "main job, AdamW": lambda path: main_job(case, adamw, path, given),
     }
