@@ -11,7 +11,13 @@ import pytest
 from tests.launcher import ROOT
 
 PACKAGE = ROOT / "alto_ds"
-USERS_OF_THE_CORE = ("alto_ds.pretrain", "alto_ds.checkpoint", "alto_ds.configs", "alto_ds.run")
+USERS_OF_THE_CORE = (
+    "alto_ds.plan",
+    "alto_ds.pretrain",
+    "alto_ds.checkpoint",
+    "alto_ds.configs",
+    "alto_ds.run",
+)
 
 
 def module_of(path: Path) -> str:

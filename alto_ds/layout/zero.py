@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from alto_ds.layout.cut import Piece, pieces_of_parts, pieces_of_slice
 from alto_ds.layout.types import Fragment, Layer, Layout, Names
 
 # What DeepSpeed leaves on parameters and on ZeRO-3's optimizer.
@@ -76,8 +77,6 @@ def _slice(flat: torch.Tensor, params: Sequence[Any], names: Names) -> Layout:
     one lies, also with ``round_robin_gradients``, which reorders the buffer.
     """
     group = params[0]._dp_group
-    begin = dist.get_rank(group) * flat.numel()
-    end = begin + flat.numel()
     buffer_begin = min(param.storage_offset() for param in params)
     buffer_end = max(param.storage_offset() + param.numel() for param in params)
     fits = buffer_end - buffer_begin <= flat.numel() * dist.get_world_size(group)
@@ -88,14 +87,9 @@ def _slice(flat: torch.Tensor, params: Sequence[Any], names: Names) -> Layout:
             "they moved or reloaded after deepspeed.initialize()? Take a step before doing that."
         )
     layers = tuple(_layer(param, group, names) for param in params)
-    fragments = []
-    for index, param in enumerate(params):
-        layer_begin = param.storage_offset() - buffer_begin
-        low = max(layer_begin, begin)
-        high = min(layer_begin + param.numel(), end)
-        if low < high:
-            whole = high - low == param.numel()
-            fragments.append(Fragment(0, low - begin, high - low, low - layer_begin, index, whole))
+    places = [(param.storage_offset() - buffer_begin, param.numel()) for param in params]
+    pieces = pieces_of_slice(places, flat.numel(), dist.get_rank(group))
+    fragments = [_fragment(0, piece, params[piece.layer].numel()) for piece in pieces]
     return Layout(layers, tuple(fragments))
 
 
@@ -105,16 +99,22 @@ def _parts(tensors: Sequence[torch.Tensor], zero3: Any, names: Names) -> Layout:
     The last ranks' parts end in padding, which is uninitialised memory.
     """
     layers: list[Layer] = []
-    fragments = []
+    fragments: list[Fragment] = []
     for index, flat in enumerate(tensors):
-        offset = 0
-        for param in sub_group_of(flat, zero3):
-            part = param.ds_tensor.ds_numel
-            start = dist.get_rank(param.ds_process_group) * part
-            length = min(max(param.ds_numel - start, 0), part)
-            if length > 0:
-                whole = length == param.ds_numel
-                fragments.append(Fragment(index, offset, length, start, len(layers), whole))
-            layers.append(_layer(param, param.ds_process_group, names))
-            offset += part
+        params = sub_group_of(flat, zero3)
+        parts = [
+            (p.ds_numel, p.ds_tensor.ds_numel, dist.get_rank(p.ds_process_group)) for p in params
+        ]
+        fragments += [
+            _fragment(index, piece, parts[piece.layer][0], len(layers))
+            for piece in pieces_of_parts(parts)
+        ]
+        layers += [_layer(param, param.ds_process_group, names) for param in params]
     return Layout(tuple(layers), tuple(fragments))
+
+
+def _fragment(tensor: int, piece: Piece, layer_size: int, first_layer: int = 0) -> Fragment:
+    whole = piece.length == layer_size
+    return Fragment(
+        tensor, piece.offset, piece.length, piece.start, first_layer + piece.layer, whole
+    )

@@ -24,6 +24,7 @@ import torch
 
 BENCHMARKS = (
     *("startup", "steps", "memory", "growth", "collectives", "training", "checkpoints"),
+    "plan",
     *("long_run", "loss", "throughput", "prepare"),
 )
 
