@@ -69,9 +69,7 @@ def alternatives(job: Job) -> Iterator[Iterator[Job]]:
     given = job.zero.model_dump(exclude_unset=True)
     # Its default is another one at stage 3.
     given.pop("overlap_comm", None)
-    if job.zero.offload_optimizer is None:
-        given.pop("offload_optimizer", None)
-    for stage in (1, 2, 3):
+    for stage in (3,) if job.offloads else (1, 2, 3):
         zero = DeepSpeedZeroConfig(**given | {"stage": stage})
         for again in (False, True):
             model = dataclasses.replace(job.model, activation_checkpointing=again)

@@ -76,8 +76,7 @@ def seconds(job: Job, speeds: Speeds) -> Mapping[str, float]:
     }
     found |= {f"{t.collective} of {t.what}": t.sent(job.ranks) / link for t in traffic(job)}
     moved = elements(job) * _moved(job)
-    offload = job.zero.offload_optimizer
-    if offload is not None and offload.device == "cpu":
+    if job.offloads:
         found["gradients and weights between GPU and host"] = (
             elements(job) * 2 * job.dtype.itemsize / PCIE
         )

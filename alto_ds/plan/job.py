@@ -69,6 +69,12 @@ class Job:
         return self.batch_size * self.model.length
 
     @property
+    def offloads(self) -> bool:
+        """Whether optimizer and master weights are in the host's memory."""
+        offload = self.zero.offload_optimizer
+        return offload is not None and offload.device == "cpu"
+
+    @property
     def numel(self) -> int:
         """Parameters of the model."""
         return sum(map(sum, self.sizes))
@@ -173,8 +179,10 @@ def _refuse_unplanned(config: Mapping[str, Any], zero: DeepSpeedZeroConfig) -> N
         if config.get("zero_optimization", {}).get(name):
             raise ValueError(f"zero_optimization.{name} is not planned for; leave it out")
     offload = zero.offload_optimizer
-    if offload is not None and offload.device not in ("none", "cpu"):
+    if offload is None or offload.device == "none":
+        return
+    if offload.device != "cpu" or zero.stage != 3:
         raise ValueError(
-            f'zero_optimization.offload_optimizer.device="{offload.device.value}" is not planned '
-            'for; write "cpu"'
+            f'zero_optimization.offload_optimizer.device="{offload.device.value}" at stage '
+            f'{int(zero.stage)} is not planned for; write "cpu" and stage 3'
         )

@@ -51,15 +51,14 @@ def memory(job: Job, activations: Activations, reserved: bool = True) -> Memory:
     own, b = elements(job), job.dtype.itemsize
     of_optimizer = {"master weights": 4 * own}
     of_optimizer |= {name: size * own for name, size in job.states.items()}
-    offload = job.zero.offload_optimizer
-    on_host = offload is not None and offload.device == "cpu"
-    host = of_optimizer | {"gradients": 4 * own} if on_host else {}
-    always = {} if on_host else of_optimizer
+    gradients = {"gradients": b * own, "gradients in fp32": 4 * own}
+    host = of_optimizer | gradients if job.offloads else {}
+    always = {} if job.offloads else of_optimizer
     # What is reduced at once lies in one buffer, in two where that overlaps with the backward pass.
     bucket = job.zero.reduce_bucket_size
     filled = b * min(bucket, job.numel)
     held = b * bucket if reserved else filled
-    step = {} if on_host else _step(job, own)
+    step = {} if job.offloads else _step(job, own)
     # The gradients in a bucket are copied, to be sent as one tensor.
     sent = {"gradients that are sent": filled}
     if job.zero.stage == 3:
@@ -68,7 +67,7 @@ def memory(job: Job, activations: Activations, reserved: bool = True) -> Memory:
         always |= {
             "weights": b * own,
             "whole small weights": b * _persistent_elements(job),
-            "gradients": 0 if on_host else b * own,
+            "gradients": 0 if job.offloads else b * own,
             "buffers of DeepSpeed": held if job.zero.contiguous_gradients else 0,
         }
         whole = {"whole weights": b * (gathered.peak + max(prefetched, 0))}
