@@ -62,15 +62,17 @@ def memory(job: Job, activations: Activations, reserved: bool = True) -> Memory:
     # The gradients in a bucket are copied, to be sent as one tensor.
     sent = {"gradients that are sent": filled}
     if job.zero.stage == 3:
+        # On one rank a part is the whole layer, and is not copied.
+        copied = b if job.ranks > 1 else 0
         gathered = gathering(job)
         prefetched = min(job.zero.prefetch_bucket_size, job.numel - gathered.peak)
         always |= {
             "weights": b * own,
-            "whole small weights": b * _persistent_elements(job),
+            "whole small weights": copied * _persistent_elements(job),
             "gradients": 0 if job.offloads else b * own,
             "buffers of DeepSpeed": held if job.zero.contiguous_gradients else 0,
         }
-        whole = {"whole weights": b * (gathered.peak + max(prefetched, 0))}
+        whole = {"whole weights": copied * (gathered.peak + max(prefetched, 0))}
         passes = whole | {"activations": activations.peak}
         phases = {"forward and backward": passes, "reduction": sent, "optimizer step": step}
     else:
