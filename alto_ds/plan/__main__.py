@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import math
 from pathlib import Path
-from typing import NoReturn
 
 import alto_ds  # noqa: F401  registers the optimizer types
 from alto_ds.plan.choice import plan, recommended
@@ -19,27 +18,18 @@ from alto_ds.plan.duration import GPUS, Speeds
 from alto_ds.plan.job import read_job
 from alto_ds.plan.report import as_dict, as_text
 from alto_ds.pretrain.deepspeed_json import check_values, read_deepspeed_json
+from alto_ds.pretrain.options import OneLineParser, add_size
 from alto_ds.pretrain.settings import ModelSettings
 
 NAME = "alto_ds.plan"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Ends with one line."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
 def main() -> None:
     """Print the plan that the command line asks for."""
-    parser = _Parser(prog=NAME, description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = OneLineParser(prog=NAME, description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("config", type=Path, help="DeepSpeed's JSON")
     parser.add_argument("--model", required=True, help="gpt2-xl and so on, or a config.json")
-    parser.add_argument("--n_layer", type=int, help="blocks, in place of those of the model")
-    parser.add_argument("--n_embd", type=int, help="hidden size")
-    parser.add_argument("--n_head", type=int, help="attention heads")
+    add_size(parser)
     parser.add_argument("--seq_length", type=int, help="tokens (default: all that it takes)")
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--vocab_size", type=int, default=50257, help="tokens (%(default)s)")
@@ -90,15 +80,22 @@ def _count(word: str) -> int:
 
 
 def _share(word: str) -> float:
-    if not 0 < float(word) <= 1:
+    if not 0 < _number(word) <= 1:
         raise argparse.ArgumentTypeError(f"{word} must be in (0, 1], such as 0.4")
     return float(word)
 
 
 def _speed(word: str) -> float:
-    if not 0 < float(word) < float("inf"):
+    if not 0 < _number(word) < math.inf:
         raise argparse.ArgumentTypeError(f"{word} must be above 0, such as 50")
     return float(word)
+
+
+def _number(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:  # which argparse would tell by the name of a function
+        return math.nan
 
 
 if __name__ == "__main__":

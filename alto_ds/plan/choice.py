@@ -1,4 +1,4 @@
-"""Does a job fit, and and which stage and micro batch to choose among those that do?"""
+"""Does a job fit, and which stage and micro batch to choose among those that do?"""
 
 from __future__ import annotations
 

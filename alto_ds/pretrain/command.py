@@ -22,7 +22,6 @@ from alto_ds import checkpoint
 from alto_ds.pretrain import setup
 from alto_ds.pretrain.deepspeed_json import check_values, read_deepspeed_json
 from alto_ds.pretrain.effective import lines_of_engine, lines_of_settings
-from alto_ds.pretrain.environment import is_first_of_node
 from alto_ds.pretrain.exits import ExitStatus
 from alto_ds.pretrain.held_out import write_held_out
 from alto_ds.pretrain.identity import (
@@ -39,6 +38,7 @@ from alto_ds.pretrain.loop import evaluate, train
 from alto_ds.pretrain.metrics import Metrics, perplexity
 from alto_ds.pretrain.model import save_model
 from alto_ds.pretrain.monitors import Monitors, check_installed
+from alto_ds.pretrain.options import OneLineParser, add_size, add_source
 from alto_ds.pretrain.ranks import SetupError, init_distributed, on_ranks
 from alto_ds.pretrain.settings import SIZES, DataSettings, ModelSettings, RunSettings, Settings
 from alto_ds.pretrain.signals import watch_launchers
@@ -215,14 +215,7 @@ def _part(kind: type[Part], given: dict[str, Any]) -> Part:
     return kind(**{name: given[name] for name in names if name in given})
 
 
-class _Parser(argparse.ArgumentParser):
-    """Ends with one line, which the first rank of each node prints."""
-
-    def error(self, message: str) -> NoReturn:
-        if is_first_of_node(os.environ):
-            print(f"{self.prog}: error: {message}", file=sys.stderr)
-        sys.exit(ExitStatus.REFUSED)
-
+class _Parser(OneLineParser):
     def refuse(self, unknown: str) -> NoReturn:
         """End with an error about an option that there is not."""
         name = unknown.split("=")[0]
@@ -240,9 +233,7 @@ def _parser() -> _Parser:
     parser.add_argument(
         "--model", required=True, help=f"{', '.join(SIZES)}, or the config.json of a GPT-2"
     )
-    parser.add_argument("--n_layer", type=int, help="blocks (default: those of the model)")
-    parser.add_argument("--n_embd", type=int, help="hidden size (default: that of the model)")
-    parser.add_argument("--n_head", type=int, help="attention heads (default: those of the model)")
+    add_size(parser)
     parser.add_argument(
         "--output_dir", required=True, type=Path, help="checkpoints, metrics and the model"
     )
@@ -256,12 +247,7 @@ def _parser() -> _Parser:
     data.add_argument(
         "--verify_data", action="store_true", help="compare its checksums, too, not sizes alone"
     )
-    data.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="text files")
-    data.add_argument("--encoding", help="of the text files (default: utf-8)")
-    data.add_argument("--dataset", help="hub name, local folder or .jsonl file for `datasets`")
-    data.add_argument("--dataset_config", help="configuration of the dataset on the hub")
-    data.add_argument("--dataset_split", help="split of the dataset")
-    data.add_argument("--text_column", help="column of the dataset with the text")
+    add_source(data)
     data.add_argument("--streaming", action="store_true", help="do not download the dataset first")
     data.add_argument("--validation_fraction", type=float, help="held-out documents")
     data.add_argument("--validation_sequences", type=int, help="at most so many")

@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from alto_ds.pretrain.data.text import read_text
 from alto_ds.pretrain.exits import ExitStatus
 from alto_ds.pretrain.held_out import read_held_out
+from alto_ds.pretrain.metrics import perplexity
 from alto_ds.pretrain.model import IGNORED
 from alto_ds.pretrain.trained import load_trained
 
@@ -130,8 +131,8 @@ def main() -> None:
         sys.exit(ExitStatus.REFUSED)
     found = {
         **{"model": trained.source, "tokens": tokens, "words": words, "loss": total / tokens},
-        "perplexity": _exp(total / tokens),
-        "word_perplexity": None if words is None else _exp(total / words),
+        "perplexity": perplexity(total / tokens),
+        "word_perplexity": None if words is None else perplexity(total / words),
         **{"seq_length": length, "stride": stride},
     }
     line = (
@@ -155,10 +156,6 @@ def _documents_of(
     end = tokenizer.eos_token_id
     documents = [[end, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts]
     return documents, words
-
-
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 if __name__ == "__main__":

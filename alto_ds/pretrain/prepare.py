@@ -17,11 +17,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from alto_ds.pretrain import environment
 from alto_ds.pretrain.data.prepare import PrepareError, prepare
 from alto_ds.pretrain.exits import ExitStatus
+from alto_ds.pretrain.options import OneLineParser, add_source
 from alto_ds.pretrain.settings import DataSettings
 
 NAME = "alto_ds.pretrain.prepare"
@@ -94,16 +95,9 @@ def _ranks() -> Any:
     return found
 
 
-class _Parser(argparse.ArgumentParser):
-    """Ends with one line, which the first rank of each node prints."""
-
-    def error(self, message: str) -> NoReturn:
-        sys.exit(_refuse(message))
-
-
-def _parser() -> _Parser:
+def _parser() -> OneLineParser:
     defaults = {field.name: field.default for field in fields(DataSettings)}
-    parser = _Parser(
+    parser = OneLineParser(
         prog=NAME,
         description="Tokenize text into Megatron's .bin/.idx, for --data of alto_ds.pretrain. The "
         "same command again keeps finished shards.",
@@ -124,12 +118,7 @@ def _parser() -> _Parser:
         help="of this host, under mpirun of each rank (default: one for each core)",
     )
     text = parser.add_argument_group("text (default: Python's own standard library)")
-    text.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="text files")
-    text.add_argument("--encoding", help="of the text files (default: utf-8)")
-    text.add_argument("--dataset", help="hub name, local folder or .jsonl file for `datasets`")
-    text.add_argument("--dataset_config", help="configuration of the dataset on the hub")
-    text.add_argument("--dataset_split", help="split of the dataset")
-    text.add_argument("--text_column", help="column of the dataset with the text")
+    add_source(text)
     tokenizer = parser.add_argument_group("tokenizer (default: train a byte-level BPE)")
     tokenizer.add_argument("--tokenizer", help="hub name or folder")
     tokenizer.add_argument(

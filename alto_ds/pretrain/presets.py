@@ -20,7 +20,7 @@ from typing import Any
 
 from alto_ds.settings import by_batch_size
 
-BATCH_SIZE, STEPS, WARM_UP, SEED = 4096, 5000, 100, 1234
+BATCH_SIZE, STEPS, WARM_UP = 4096, 5000, 100
 LARGEST_BATCH_SIZE = 65536
 # Learning rates at a batch of 4,096: the paper's best for each optimizer.
 OPTIMIZERS = {"alto": 1e-2, "lamb": 1e-2, "adam": 6e-4, "adamw": 8e-4}
@@ -106,24 +106,14 @@ class Preset:
             zero["stage3_gather_16bit_weights_on_model_save"] = True
         if self.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-        return {
-            "train_batch_size": self.batch_size,
-            "train_micro_batch_size_per_gpu": self.micro,
-            "optimizer": self._optimizer(),
-            "scheduler": {
-                "type": "WarmupCosineLR",
-                "params": {
-                    "total_num_steps": self.steps,
-                    "warmup_num_steps": min(WARM_UP, self.steps // 3),
-                    "warmup_min_ratio": 0.0,
-                    "cos_min_ratio": 0.1,
-                },
-            },
-            "gradient_clipping": 1.0,
-            "bf16": {"enabled": True},
-            "zero_optimization": zero,
-            "steps_per_print": 1000000,
-        }
+        return _config(
+            batch_size=self.batch_size,
+            micro_batch_size=self.micro,
+            optimizer=self._optimizer(),
+            steps=self.steps,
+            warm_up=min(WARM_UP, self.steps // 3),
+            others={"bf16": {"enabled": True}, "zero_optimization": zero},
+        )
 
     def _optimizer(self) -> dict[str, Any]:
         lr, decay = {"lr": self.lr}, {"weight_decay": 1e-4}
@@ -155,25 +145,42 @@ def tiny(stage: int) -> dict[str, Any]:
     # With gloo one reduction to all is faster than one to each, and small buffers are used again:
     # together a sixth of a step of GPT-2 124M without accumulation.
     fast_on_cpu = {"reduce_scatter": False, "reduce_bucket_size": 5000000} if stage < 3 else {}
+    # The settings of large batches, though this one is small, for that is what it shows.
+    params = {"lr": 0.02, "betas": [0.99, 0.9, 0.99], "alpha": -5.0, "weight_decay": 1e-4}
+    return _config(
+        batch_size=32,
+        micro_batch_size=8,
+        optimizer={"type": "ALTO", "params": params},
+        steps=300,
+        warm_up=20,
+        others={"zero_optimization": {"stage": stage, **fast_on_cpu}},
+    )
+
+
+def _config(
+    *,
+    batch_size: int,
+    micro_batch_size: int,
+    optimizer: dict[str, Any],
+    steps: int,
+    warm_up: int,
+    others: dict[str, Any],
+) -> dict[str, Any]:
     return {
-        "train_batch_size": 32,
-        "train_micro_batch_size_per_gpu": 8,
-        "optimizer": {
-            "type": "ALTO",
-            # The settings of large batches, though this one is small, for that is what it shows.
-            "params": {"lr": 0.02, "betas": [0.99, 0.9, 0.99], "alpha": -5.0, "weight_decay": 1e-4},
-        },
+        "train_batch_size": batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "optimizer": optimizer,
         "scheduler": {
             "type": "WarmupCosineLR",
             "params": {
-                "total_num_steps": 300,
-                "warmup_num_steps": 20,
+                "total_num_steps": steps,
+                "warmup_num_steps": warm_up,
                 "warmup_min_ratio": 0.0,
                 "cos_min_ratio": 0.1,
             },
         },
         "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": stage, **fast_on_cpu},
+        **others,
         "steps_per_print": 1000000,
     }
 

@@ -14,6 +14,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel
 
+from alto_ds.checkpoint.deepspeed_files import read
 from alto_ds.checkpoint.folders import newest_first
 from alto_ds.checkpoint.verifying import problem_of_checkpoint
 from alto_ds.pretrain.identity import FILE
@@ -118,5 +119,4 @@ def _weights(path: Path) -> dict[str, Tensor]:
         with contextlib.redirect_stdout(sys.stderr):
             return get_fp32_state_dict_from_zero_checkpoint(str(path.parent), path.name)
     # Without ZeRO every rank has all.
-    file = path / "mp_rank_00_model_states.pt"
-    return torch.load(file, map_location="cpu", weights_only=False)["module"]
+    return read(path / "mp_rank_00_model_states.pt")["module"]

@@ -119,11 +119,6 @@ def problem_of_shard(folder: Path, shard: Shard, contents: bool) -> str | None:
         contents: whether to read them whole for their checksums; sizes are always compared.
     """
     for name, entry in shard.files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if (size := path.stat().st_size) != entry.size:
-            return f"{path} has {size} bytes in place of {entry.size}"
-        if contents and (problem := problem_of(path, entry)) is not None:
-            return f"{folder}: {problem}"
+        if (problem := problem_of(folder / name, entry, contents)) is not None:
+            return f"{folder}/{problem}"
     return None
