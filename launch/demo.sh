@@ -9,8 +9,4 @@ ranks=2
 if [ "$gpus" -eq 1 ]; then ranks=1; fi  # NCCL takes one rank for each GPU
 if [ "$gpus" -eq 0 ]; then export OMP_NUM_THREADS=$((($(nproc) + ranks - 1) / ranks)); fi
 
-exec deepspeed --num_accelerators "$ranks" --module alto_ds.pretrain \
-    --deepspeed_config configs/gpt2-tiny/zero2.json \
-    --model gpt2-tiny \
-    --output_dir runs/demo \
-    "$@"
+exec deepspeed --num_accelerators "$ranks" --module alto_ds.pretrain "${demo[@]}" "$@"

@@ -11,6 +11,8 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 fi
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
 if [ "$gpus" -eq 0 ]; then export DS_ACCELERATOR=cpu; fi
+# What the scripts that train begin with; options that come later replace these.
+demo=(--deepspeed_config configs/gpt2-tiny/zero2.json --model gpt2-tiny --output_dir runs/demo)
 if [ -n "${ALTO_DS_INSTALLED:-}" ]; then return; fi # the caller's environment has all that is needed
 
 # `install ENVIRONMENT PACKAGES...` by pip, with a build of PyTorch that fits the machine.

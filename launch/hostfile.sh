@@ -13,8 +13,4 @@ shift
 source "$(dirname "$0")/environment.sh" pretrain
 read -ra options <<<"${DEEPSPEED_OPTIONS:-}"
 
-exec deepspeed --hostfile "$hostfile" "${options[@]}" --module alto_ds.pretrain \
-    --deepspeed_config configs/gpt2-tiny/zero2.json \
-    --model gpt2-tiny \
-    --output_dir runs/demo \
-    "$@"
+exec deepspeed --hostfile "$hostfile" "${options[@]}" --module alto_ds.pretrain "${demo[@]}" "$@"

@@ -11,8 +11,4 @@ set -euo pipefail
 source "$(dirname "$0")/environment.sh" pretrain
 read -ra options <<<"${MPIRUN_OPTIONS:--n 2}"
 
-exec mpirun "${options[@]}" "$(command -v python)" -m alto_ds.pretrain \
-    --deepspeed_config configs/gpt2-tiny/zero2.json \
-    --model gpt2-tiny \
-    --output_dir runs/demo \
-    "$@"
+exec mpirun "${options[@]}" "$(command -v python)" -m alto_ds.pretrain "${demo[@]}" "$@"

@@ -12,8 +12,4 @@ set -euo pipefail
 source "$(dirname "$0")/environment.sh" pretrain
 read -ra options <<<"${TORCHRUN_OPTIONS:---standalone --nproc_per_node 2 --max_restarts 3}"
 
-exec torchrun "${options[@]}" -m alto_ds.pretrain \
-    --deepspeed_config configs/gpt2-tiny/zero2.json \
-    --model gpt2-tiny \
-    --output_dir runs/demo \
-    "$@"
+exec torchrun "${options[@]}" -m alto_ds.pretrain "${demo[@]}" "$@"
