@@ -7,16 +7,18 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from alto_ds.pretrain import presets
+from alto_ds.pretrain.options import OneLineParser
 from alto_ds.pretrain.presets import Preset
 
 
 def main() -> None:
     """Print the configuration that the command line asks for."""
-    parser = argparse.ArgumentParser(prog="python -m alto_ds.configs", description=__doc__)
+    parser = OneLineParser(
+        prog="alto_ds.configs", description="Print a DeepSpeed JSON to pre-train GPT-2 with."
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("model", nargs="?", help=f"of {', '.join(presets.MICRO_BATCH_SIZES)}")
     what.add_argument("--write", type=Path, metavar="FOLDER", help="write all files of configs/")

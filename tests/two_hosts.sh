@@ -4,12 +4,13 @@
 #
 #     tests/two_hosts.sh pdsh MODULE ARGUMENTS...         one `deepspeed`, which calls pdsh
 #     tests/two_hosts.sh deepspeed MODULE ARGUMENTS...    one `deepspeed --no_ssh` on each host
-#     tests/two_hosts.sh mpirun MODULE ARGUMENTS...       one `mpirun` on the first host
+#     tests/two_hosts.sh mpirun MODULE ARGUMENTS...       one `mpirun`, Open MPI's or MPICH's
+#     tests/two_hosts.sh torchrun MODULE ARGUMENTS...     one `torchrun` on each host
 #     tests/two_hosts.sh srun MODULE ARGUMENTS...         no Slurm, but the variables that it sets
 #
 # RANKS_PER_HOST is 1 unless it is set.
 set -euo pipefail
-launcher=${1:?name pdsh, deepspeed, mpirun or srun, then a Python module and its arguments}
+launcher=${1:?name pdsh, deepspeed, mpirun, torchrun or srun, then a Python module and its arguments}
 shift
 ranks=${RANKS_PER_HOST:-1}
 folder=$(mktemp -d)
@@ -80,9 +81,22 @@ case $launcher in
         wait -n && wait -n
         ;;
     mpirun)
-        on host0 mpirun -launcher ssh -hosts host0,host1 -ppn "$ranks" -n "$((2 * ranks))" \
-            python -m "$@" &
+        if mpirun --version | grep -q "Open MPI"; then
+            options=(--allow-run-as-root --host "host0:$ranks,host1:$ranks" --prtemca plm_ssh_agent "$folder/ssh"
+                --map-by slot:OVERSUBSCRIBE --bind-to none -x DS_ACCELERATOR -x OMP_NUM_THREADS)
+        else
+            options=(-launcher ssh -hosts host0,host1 -ppn "$ranks")
+        fi
+        on host0 mpirun "${options[@]}" -n "$((2 * ranks))" "$(command -v python)" -m "$@" &
         wait -n
+        ;;
+    torchrun)
+        for n in 0 1; do
+            on "host$n" torchrun --nnodes 2 --node_rank "$n" --nproc_per_node "$ranks" \
+                --rdzv_backend c10d --rdzv_endpoint 10.0.0.1:29400 --local_addr "10.0.0.$((n + 1))" \
+                -m "$@" &
+        done
+        wait -n && wait -n
         ;;
     srun)
         for ((rank = 0; rank < 2 * ranks; rank++)); do
@@ -92,7 +106,7 @@ case $launcher in
         for ((rank = 0; rank < 2 * ranks; rank++)); do wait -n; done
         ;;
     *)
-        echo "two_hosts.sh: '$launcher' must be pdsh, deepspeed, mpirun or srun" >&2
+        echo "two_hosts.sh: '$launcher' must be pdsh, deepspeed, mpirun, torchrun or srun" >&2
         exit 2
         ;;
 esac

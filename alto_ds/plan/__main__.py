@@ -26,7 +26,7 @@ NAME = "alto_ds.plan"
 
 def main() -> None:
     """Print the plan that the command line asks for."""
-    parser = OneLineParser(prog=NAME, description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = OneLineParser(prog=NAME, description="Plan memory, communication and time of a run.")
     parser.add_argument("config", type=Path, help="DeepSpeed's JSON")
     parser.add_argument("--model", required=True, help="gpt2-xl and so on, or a config.json")
     add_size(parser)

@@ -15,7 +15,6 @@ so there it is by token only.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -31,10 +30,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from alto_ds.pretrain.data.text import read_text
-from alto_ds.pretrain.exits import ExitStatus
 from alto_ds.pretrain.held_out import read_held_out
 from alto_ds.pretrain.metrics import perplexity
 from alto_ds.pretrain.model import IGNORED
+from alto_ds.pretrain.options import OneLineParser
 from alto_ds.pretrain.trained import load_trained
 
 
@@ -93,10 +92,9 @@ def loss_of(
 
 def main() -> None:
     """Print perplexities, readable and as a line of JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m alto_ds.pretrain.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = OneLineParser(
+        prog="alto_ds.pretrain.evaluate",
+        description="Perplexity of a model, by token and by word.",
     )
     parser.add_argument("model", help="a run's folder, a checkpoint, or a Hugging Face model")
     parser.add_argument(
@@ -127,8 +125,7 @@ def main() -> None:
             documents, words = _documents_of(given.text, given.encoding, trained.tokenizer)
         total, tokens = loss_of(trained.model, documents, length, stride, given.batch_size)
     except (OSError, LookupError, ValueError) as error:
-        print(f"alto_ds.pretrain.evaluate: error: {error}.", file=sys.stderr)
-        sys.exit(ExitStatus.REFUSED)
+        parser.error(f"{error}.")
     found = {
         **{"model": trained.source, "tokens": tokens, "words": words, "loss": total / tokens},
         "perplexity": perplexity(total / tokens),

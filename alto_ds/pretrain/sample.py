@@ -7,13 +7,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import torch
 from transformers import set_seed
 
-from alto_ds.pretrain.exits import ExitStatus
+from alto_ds.pretrain.options import OneLineParser
 from alto_ds.pretrain.trained import Trained, load_trained
 
 
@@ -56,7 +55,9 @@ def sample(
 
 def main() -> None:
     """Print the texts that the command line asks for."""
-    parser = argparse.ArgumentParser(prog="python -m alto_ds.pretrain.sample", description=__doc__)
+    parser = OneLineParser(
+        prog="alto_ds.pretrain.sample", description="Let a trained model go on with a text."
+    )
     parser.add_argument("model", help="a run's folder, a checkpoint, or a Hugging Face model")
     parser.add_argument("--tokenizer", help="hub name or folder (default: the model's own)")
     parser.add_argument("--prompt", default="", help="text to go on with (default: none)")
@@ -85,8 +86,7 @@ def main() -> None:
             if given.num_samples > 1:
                 print("---------------")
     except ValueError as error:
-        print(f"alto_ds.pretrain.sample: error: {error}.", file=sys.stderr)
-        sys.exit(ExitStatus.REFUSED)
+        parser.error(f"{error}.")
 
 
 if __name__ == "__main__":

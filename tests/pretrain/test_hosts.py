@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -35,23 +34,17 @@ def missing() -> str | None:
     return f"network namespaces are not permitted here: {refusal}" if refusal else None
 
 
-def missing_mpi() -> str | None:
-    """What keeps mpirun from starting ranks that find each other, None if nothing."""
-    mpirun = shutil.which("mpirun", path=PATH)
-    if not mpirun or importlib.util.find_spec("mpi4py") is None:
-        return "there is no mpirun or no mpi4py; install alto-ds[test]"
-    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False)
-    return None if "HYDRA" in version.stdout else f"{mpirun} is not MPICH's"
-
-
 @pytest.mark.skipif(missing() is not None, reason=f"{missing()}")
-@pytest.mark.parametrize("starter", ["pdsh", "deepspeed", "mpirun", "srun"])
+@pytest.mark.parametrize(
+    "starter",
+    ["pdsh", "deepspeed", "mpirun", pytest.param("torchrun", marks=pytest.mark.slow), "srun"],
+)
 def test_two_hosts_train_as_one_does(folder: Path, straight: str, starter: str) -> None:
     """With dropout; from the installed package, in a folder that is no checkout."""
-    if starter == "mpirun" and (reason := missing_mpi()):
-        pytest.skip(reason)
-    if starter == "pdsh" and not shutil.which("pdsh"):
-        pytest.skip("there is no program pdsh")
+    if starter in ("pdsh", "mpirun") and not shutil.which(starter, path=PATH):
+        pytest.skip(f"there is no program {starter}")
+    if starter == "mpirun":
+        pytest.importorskip("mpi4py")
     settings = launcher.settings(folder)
     del settings["PYTHONPATH"]
     exports = folder / "deepspeed_env"  # pdsh passes these on, and nothing else
@@ -85,9 +78,9 @@ def test_srun_without_the_address_of_rank_0_is_refused(monkeypatch: pytest.Monke
         init_distributed(timedelta(seconds=10))
 
 
-@pytest.mark.skipif(missing_mpi() is not None, reason=f"{missing_mpi()}")
 def test_ranks_that_mpi4py_does_not_know_are_refused(folder: Path, forks: Forks) -> None:
     """As another MPI's mpirun leaves them: each of them alone, in the same output folder."""
+    pytest.importorskip("mpi4py")
     rank = forks.start_one({"OMPI_COMM_WORLD_SIZE": "2"}, *options(folder, "alone"))
     assert forks.wait([rank], 200) == [2]
     printed = rank.log.read_text()
