@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from deepspeed.checkpoint import ds_to_universal
+from tqdm import tqdm
 
 from alto_ds.checkpoint.deepspeed_files import MODEL_FILES, OPTIMIZER_FILES, read
 from alto_ds.checkpoint.folders import newest_first
@@ -186,25 +187,36 @@ def _convert(checkpoint: Path, out: Path) -> None:
 
     is_adam = all(state.keys() >= set(ADAM) for state in states.values())
     others = [key for key in owners if not (is_adam and key in ADAM)]
-    with _prepared(checkpoint, None if is_adam else others[0], out.parent) as prepared:
-        _run(prepared, out)
-    if not is_adam:
-        for path in out.glob(f"{PARAMETERS}/**/{EXP_AVG}*.pt"):
-            path.unlink()
-    for key in others:
-        files = {name: _file(out, name, key) for name in owners[key]}
-        if all(file.exists() for file in files.values()):
-            continue  # by a converter that knows this state, too
-        again = out.parent / "again"
-        with _prepared(checkpoint, key, out.parent) as prepared:
-            _run(prepared, again)
-        for name, file in files.items():
-            _file(again, name, EXP_AVG).rename(file)
-        shutil.rmtree(again)
+    # Shown on a terminal. The runs of the converter take about the same time.
+    with tqdm(
+        total=1 + len(others), desc="Converting", unit="run", disable=None, dynamic_ncols=True
+    ) as bar:
+        with _prepared(checkpoint, None if is_adam else others[0], out.parent) as prepared:
+            _run(prepared, out)
+        bar.update()
+        if not is_adam:
+            for path in out.glob(f"{PARAMETERS}/**/{EXP_AVG}*.pt"):
+                path.unlink()
+        for key in others:
+            _add_state(checkpoint, out, key, owners[key])
+            bar.update()
     shape = shape_of_files(checkpoint)
     if shape.stage == 3 and shape.tensor_parallel == 1:
         _save_frozen(models, out)
     torch.save(scalars, out / SCALARS)
+
+
+def _add_state(checkpoint: Path, out: Path, key: str, layers: list[str]) -> None:
+    """Convert a state that DeepSpeed's converter does not know, unless it does by now."""
+    files = {name: _file(out, name, key) for name in layers}
+    if all(file.exists() for file in files.values()):
+        return
+    again = out.parent / "again"
+    with _prepared(checkpoint, key, out.parent) as prepared:
+        _run(prepared, again)
+    for name, file in files.items():
+        _file(again, name, EXP_AVG).rename(file)
+    shutil.rmtree(again)
 
 
 def _file(converted: Path, layer: str, state: str) -> Path:

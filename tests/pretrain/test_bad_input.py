@@ -639,6 +639,11 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     [
         ("json", 'config.json: zero_optimisation is not known to DeepSpeed; did you mean "zero_op'),
         ("batch", "DeepSpeed refuses the JSON: Check batch related parameters"),
+        (
+            "micro",
+            "train_batch_size=8 is not a multiple of train_micro_batch_size_per_gpu=3 times 2",
+        ),
+        ("heads", "--n_embd=100 must be a multiple of --n_head=3"),
         ("text", "bad.txt is UTF-16, by its mark at byte 0; write --encoding utf-16"),
     ],
 )
@@ -654,8 +659,11 @@ def test_bad_input_ends_two_ranks_with_one_line(
         config["zero_optimisation"] = {"stage": 1}
     if wrong == "batch":
         config["gradient_accumulation_steps"] = 3
+    if wrong == "micro":
+        config["train_micro_batch_size_per_gpu"] = 3
     path.write_text(json.dumps(config))
     arguments += [str(bad)] if wrong == "text" else []
+    arguments += ["--n_embd", "100", "--n_head", "3"] if wrong == "heads" else []
     ranks = forks.start(2, *arguments, "--deepspeed_config", str(path))
     assert forks.wait(ranks, 100) == [2, 2]
     first, second = (rank.log.read_text() for rank in ranks)

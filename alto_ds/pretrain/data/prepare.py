@@ -273,8 +273,6 @@ def write_shard(job: Job, number: int, report: Callable[[int], Any]) -> None:
         report: called with numbers of documents that were read since the call before.
     """
     tokenizer = load_tokenizer(str(tokenizer_of(job.prefix)))
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
     prefix = shard_prefix(job.prefix, number, job.shards)
     files = files_of(prefix)
     new = [Path(f"{path}.new") for path in files]

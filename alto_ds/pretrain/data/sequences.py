@@ -14,19 +14,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from alto_ds.pretrain.data.order import micro_batches, shuffled
 from alto_ds.pretrain.data.prepared import PreparedSequences
+from alto_ds.pretrain.data.streamed import HELD_OUT_DOCUMENTS, Stream, Tokens, joined
 from alto_ds.pretrain.data.text import TEXT, documents
 from alto_ds.pretrain.data.tokenizer import make_tokenizer
 from alto_ds.pretrain.settings import Settings
 
 TOKENS = "input_ids"
-# Documents that are held out of a stream, whose length nobody knows.
-STREAMED_VALIDATION_DOCUMENTS = 500
 
 
 class Sequences(Protocol):
@@ -114,44 +114,42 @@ class StoredSequences:
 
 
 class StreamedSequences:
-    """Sequences of documents that are read while training, in their own order.
+    """Sequences of documents that are read while training. See :class:`Sequences`.
 
-    A stream is read as a whole by every rank, also to skip what was done before: nobody else knows
-    where its sequences begin. See :class:`Sequences`.
+    Each rank reads and tokenizes a share, also of what was done before a run is resumed. See
+    :mod:`.streamed`.
     """
 
     def __init__(self, settings: Settings, resumed: bool) -> None:
-        data = settings.data
+        data, self._length = settings.data, settings.model.length
         origin = [data.dataset, data.dataset_config, data.dataset_split]
-        source = documents(data)
-        held_out = source.take(STREAMED_VALIDATION_DOCUMENTS)
-        training = source.skip(STREAMED_VALIDATION_DOCUMENTS)
-        self.tokenizer = _tokenizer(settings, training, _digest(*origin), resumed)
-        pack = functools.partial(_pack, tokenizer=self.tokenizer, length=settings.model.length)
-        held_out, self._training = (
-            part.map(pack, batched=True, remove_columns=[TEXT]) for part in (held_out, training)
-        )
+        self._stream = Stream(documents(data), data.dataset)
+        self.tokenizer = _tokenizer(settings, self._stream.training, _digest(*origin), resumed)
+        pack = functools.partial(_pack, tokenizer=self.tokenizer, length=self._length)
+        held_out = self._stream.held_out.map(pack, batched=True, remove_columns=[TEXT])
         self.validation = _first_rows(held_out, settings)
-        sample = next(iter(self._training), None)
+        sample = next(self._sequences(0, rank=0, world_size=1), None)
         _check_amount(0 if sample is None else 1, self.validation, settings)
         self.fingerprint = _digest(
             _cache_key(self.tokenizer, settings),
-            origin,
-            sample,
+            origin if self._stream.parts == 1 else [*origin, self._stream.parts],
+            None if sample is None else {TOKENS: sample.tolist()},
             self.validation.tolist(),
         )
 
     def training_batches(
         self, first_batch: int, batch_size: int, gas: int, rank: int, world_size: int
     ) -> Iterator[Tensor]:
-        """See :meth:`Sequences.training_batches`."""
-        epochs = itertools.chain.from_iterable(itertools.repeat(self._training))
-        rows = itertools.islice(epochs, first_batch * batch_size, None)
-        return micro_batches(rows, self._read, batch_size, gas, rank, world_size)
+        """See :meth:`Sequences.training_batches`. All ranks must take from it together."""
+        sequences = self._sequences(first_batch * batch_size, rank, world_size)
+        return micro_batches(sequences, self._read, batch_size, gas, rank, world_size)
+
+    def _sequences(self, start: int, rank: int, world_size: int) -> Iterator[Tokens]:
+        return self._stream.sequences(self.tokenizer, self._length, start, rank, world_size)
 
     @staticmethod
-    def _read(row: dict[str, Any]) -> Tensor:
-        return torch.as_tensor(row[TOKENS])
+    def _read(tokens: Tokens) -> Tensor:
+        return torch.from_numpy(tokens.astype(np.int64))
 
 
 def _pack(
@@ -159,9 +157,7 @@ def _pack(
 ) -> dict[str, list[list[int]]]:
     """Tokens of the documents in sequences; the rest of each thousand documents is dropped."""
     texts = [text for text in batch[TEXT] if text]  # datasets have nulls, too
-    encoded = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-    end = tokenizer.eos_token_id
-    stream = [token for document in encoded for token in (*document.ids, end)]
+    stream = joined(texts, tokenizer)
     last = len(stream) - length + 1
     return {TOKENS: [stream[i : i + length] for i in range(0, last, length)]}
 
@@ -198,7 +194,7 @@ def _check_amount(training: int, validation: Tensor, settings: Settings) -> None
             f"{'some' if training else 'no'} sequences to train on and {len(validation)} to "
             f"validate on. Use a smaller --seq_length, more text, or another "
             f"--validation_fraction (a stream holds out its first "
-            f"{STREAMED_VALIDATION_DOCUMENTS} documents)."
+            f"{HELD_OUT_DOCUMENTS} documents)."
         )
 
 

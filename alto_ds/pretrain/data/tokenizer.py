@@ -89,6 +89,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         raise ValueError(f"{name} cannot be loaded: {_one_line(error)}") from error
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise ValueError(f"{name} is a {type(tokenizer).__name__}, no fast tokenizer")
+    # Some come with the length of a sequence for sentences. Documents are tokenized whole.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
