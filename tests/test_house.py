@@ -12,6 +12,8 @@ from tests.launcher import ROOT
 
 PACKAGE = ROOT / "alto_ds"
 USERS_OF_THE_CORE = (
+    "alto_ds.compare",
+    "alto_ds.report",
     "alto_ds.plan",
     "alto_ds.pretrain",
     "alto_ds.checkpoint",

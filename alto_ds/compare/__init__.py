@@ -1,0 +1,1 @@
+"""Which optimizer is better, all treated alike? ``python -m alto_ds.compare``."""

@@ -1,0 +1,33 @@
+"""What is in the output folder, and how is a file written so that it is never half there?"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from alto_ds.checkpoint.manifest import write_text
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file at once: whoever is killed while writing leaves the old one, or none."""
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    write_text(new, text)
+    new.replace(path)
+
+
+def result_file(folder: Path, key: str) -> Path:
+    """A finished run."""
+    return folder / "runs" / f"{key}.json"
+
+
+def curve_file(folder: Path, key: str) -> Path:
+    """Its loss at each step."""
+    return folder / "curves" / f"{key}.csv"
+
+
+def read_result(folder: Path, key: str) -> dict[str, Any] | None:
+    """What a run has left; None where it has not been finished."""
+    path = result_file(folder, key)
+    return json.loads(path.read_text()) if path.exists() else None

@@ -1,0 +1,1 @@
+"""A page that shows what runs or a comparison have come to."""
