@@ -45,9 +45,9 @@ def register(name: str, factory: Callable[..., Optimizer]) -> None:
     def make(params: Any, **given: Any) -> Optimizer:
         meant = _before_trainer(name, given)
         filled = fill_in_auto(name, meant, _global_batch_size)
-        if filled is not meant and _is_rank_0():
+        if filled is not meant:
             numbers = (f"{key}={filled[key]}" for key in _auto_keys(name))
-            print(f'{name}: "auto" stands for {", ".join(numbers)}', file=sys.stderr, flush=True)
+            say_on_rank_0(f'{name}: "auto" stands for {", ".join(numbers)}')
         return factory(params, **filled)
 
     setattr(torch.optim, name, make)
@@ -110,23 +110,31 @@ def _is_auto(value: Any) -> bool:
 def _global_batch_size() -> int:
     """``train_batch_size`` of DeepSpeed's engine that is making an optimizer now.
 
-    DeepSpeed gives an optimizer its params and nothing else, so the engine is looked for among the
-    callers.
-
     Raises:
         ValueError: there is none.
+    """
+    engine = calling_engine()
+    if engine is None:
+        raise ValueError(
+            '"auto" needs the global batch of a DeepSpeed JSON, and no engine of DeepSpeed makes '
+            f"this optimizer; {WITHOUT_AUTO}"
+        )
+    return int(engine.train_batch_size())
+
+
+def calling_engine() -> Any:
+    """DeepSpeed's engine that is making or stepping an optimizer now; None where there is none.
+
+    DeepSpeed tells an optimizer nothing of the engine, so it is looked for among the callers.
     """
     engine = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", ())
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, engine):
-            return int(caller.train_batch_size())
+            return caller
         frame = frame.f_back
-    raise ValueError(
-        '"auto" needs the global batch of a DeepSpeed JSON, and no engine of DeepSpeed makes this '
-        f"optimizer; {WITHOUT_AUTO}"
-    )
+    return None
 
 
 def support_in_zero(optimizer: type[Optimizer]) -> None:
@@ -146,6 +154,12 @@ def warn_on_rank_0(message: str) -> None:
     """Warn once for all ranks."""
     if _is_rank_0():
         warnings.warn(message, stacklevel=4)
+
+
+def say_on_rank_0(message: str) -> None:
+    """Print one line for all ranks, where errors are printed."""
+    if _is_rank_0():
+        print(message, file=sys.stderr, flush=True)
 
 
 def _is_rank_0() -> bool:
