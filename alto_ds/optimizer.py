@@ -66,7 +66,8 @@ class ALTO(Optimizer):
         state_dtype: "fp32", or "bf16" to keep s and m in bfloat16 by stochastic rounding. v is not
             rounded: its steps are too small for bfloat16.
         seed: chooses the random numbers of that rounding. They do not depend on the number of
-            ranks or on how layers are cut, but along an inner dimension of a DTensor.
+            ranks or on how layers are cut, but for Megatron's tensor parallelism and DTensors cut
+            along an inner dimension.
         nonfinite: what to do with NaN and infinity. "raise" never writes them to a weight or a
             state: what would become so is left as it was, and all ranks that share a layer raise
             together. On accelerators, which are not waited for, it is the next call that raises.
@@ -246,6 +247,14 @@ class ALTO(Optimizer):
         self._watch = nonfinite.Watch()
         states.restore_dtypes(self, state_dict, states.ALTO_STATES)
         self._plans.clear()  # states are checked when a plan is made
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._own.is_told:
+            raise TypeError(
+                "ALTO cannot be copied or pickled inside megatron-core's optimizer, for the copy "
+                "would not know which layers are in its tensors; use state_dict()."
+            )
+        return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_own" in self.__dict__:  # called by load_state_dict, after its hooks

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from alto_ds import ALTO
+from alto_ds.layout import Layout
 
 PAPER_EPS = (0.1, 0.2, 0.3)
 STATES = ("exp_avg_grad", "exp_avg", "exp_avg_sq")
@@ -394,6 +395,15 @@ def test_added_groups_are_updated() -> None:
     train(optimizer, [first, second], 2)
     assert set(optimizer.trust_ratios()) == {"first", "second"}
     assert second.tolist() != [3.0, 4.0]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_a_copy_that_would_not_know_its_layers_is_refused(copied: Any) -> None:
+    """Inside megatron-core's optimizer nothing on a tensor says of which layer it is a range."""
+    optimizer = ALTO(quadratic([1.0, 2.0]))
+    optimizer._own.tell(optimizer.param_groups[0], Layout())
+    with pytest.raises(TypeError, match=r"would not know which layers .* use state_dict\(\)"):
+        copied(optimizer)
 
 
 @pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy"])

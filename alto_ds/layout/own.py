@@ -17,11 +17,13 @@ class OwnParameters:
         names: of the model's parameters, in the model where that is known, else
             ``param_groups.G.I``.
         groups: the parameter groups with the model's own parameters.
+        is_told: a layout was told, which nobody else could find.
     """
 
     def __init__(self) -> None:
         self.names: dict[Tensor, str] = {}
         self.groups: list[tuple[dict[str, Any], list[Tensor]]] = []
+        self.is_told = False
         # By group and tensors, with the tensors and their sizes.
         self._layouts: dict[tuple[int, ...], tuple[list[Tensor], list[int], Layout]] = {}
 
@@ -45,9 +47,26 @@ class OwnParameters:
     ) -> Layout:
         """The layout of what the group holds; ``resolve`` is asked once for the same tensors."""
         tensors = group["params"]
-        key = (id(group), *map(id, tensors))
-        sizes = [tensor.numel() for tensor in tensors]
-        if key not in self._layouts or self._layouts[key][1] != sizes:
-            layout = resolve(tensors, self.of(group), self.names)
-            self._layouts[key] = (list(tensors), sizes, layout)
-        return self._layouts[key][2]
+        known = self._layouts.get(_key(group))
+        if known is not None and known[1] == _sizes(tensors):
+            return known[2]
+        layout = resolve(tensors, self.of(group), self.names)
+        self._note(group, layout)
+        return layout
+
+    def tell(self, group: dict[str, Any], layout: Layout) -> None:
+        """Note the layout of what the group holds now, so that nobody is asked for it."""
+        self._note(group, layout)
+        self.is_told = True
+
+    def _note(self, group: dict[str, Any], layout: Layout) -> None:
+        tensors = group["params"]
+        self._layouts[_key(group)] = (list(tensors), _sizes(tensors), layout)
+
+
+def _key(group: dict[str, Any]) -> tuple[int, ...]:
+    return (id(group), *map(id, group["params"]))
+
+
+def _sizes(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.numel() for tensor in tensors]

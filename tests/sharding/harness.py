@@ -14,6 +14,7 @@ import importlib
 import importlib.metadata
 import json
 import math
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from packaging.requirements import Requirement
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -34,13 +36,14 @@ from alto_ds import ALTO
 from alto_ds.layout import Fragment, Layer, Layout, local
 from tests import launcher
 
-# In this order, for DeepSpeed leaves global state behind: without it first, AutoTP and
-# megatron-core last.
+# In this order, for DeepSpeed and megatron-core leave global state behind: without them first,
+# AutoTP and megatron-core last.
 MODULES = ("shard_cases", "dtensor_cases", "checkpoint_cases")
 MODULES_WITH_DEEPSPEED = (
     *("offload_cases", "nonfinite_cases", "zero_cases", "parallel_cases"),
     "tensor_parallel_cases",
 )
+LAST_MODULES = ("megatron_cases", "megatron_checkpoint_cases")
 TIME_LIMIT = 600  # seconds; then a rank that hangs prints where, and ends
 
 
@@ -52,7 +55,7 @@ class Case:
         measures: runs the case on this rank and returns what JSON can hold. It is called with
             the case and a folder that all ranks share. All ranks call it together.
         worlds: numbers of ranks to run on.
-        needs: a package without which the case is skipped.
+        needs: a package without which the case is skipped, as pip is told it.
         slow: run only where it is named.
     """
 
@@ -98,6 +101,7 @@ def cases(world_size: int, only: list[str]) -> dict[str, Case]:
     modules = list(MODULES)
     if is_installed("deepspeed"):
         modules += MODULES_WITH_DEEPSPEED
+    modules += LAST_MODULES
     found: dict[str, Case] = {}
     for module in modules:
         table = importlib.import_module(f"tests.sharding.{module}").CASES
@@ -139,6 +143,8 @@ def main(folder: Path, only: list[str]) -> None:
             if any(failed) and not all(failed):
                 # A collective that one rank has left would pair with one of the next case.
                 spoiled = f"not run: {name} has failed on some ranks only"
+    for child in multiprocessing.active_children():  # megatron-core's writers wait for more
+        child.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # in an orderly end PyTorch aborts now and then, in a thread of gloo
@@ -171,9 +177,11 @@ def prepare_deepspeed() -> None:
         get_accelerator().is_fp16_supported = lambda: True
 
 
-def is_installed(package: str) -> bool:
-    """By the name that pip knows."""
-    return any(importlib.metadata.distributions(name=package))
+def is_installed(requirement: str) -> bool:
+    """By what pip could be told: the name of a package, and maybe its versions."""
+    wanted = Requirement(requirement)
+    found = importlib.metadata.distributions(name=wanted.name)
+    return any(wanted.specifier.contains(package.version) for package in found)
 
 
 def forget_process_groups() -> None:
