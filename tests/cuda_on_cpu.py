@@ -20,10 +20,13 @@ from torch.overrides import TorchFunctionMode
 
 
 class _CudaIsCpu(TorchFunctionMode):
-    """``device="cuda"`` is the CPU, ``.cuda()`` does nothing, types are called ``torch.cuda.*``."""
+    """``device="cuda"`` is the CPU, and types are called ``torch.cuda.*``.
+
+    ``cuda()`` and ``pin_memory()`` do nothing.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.cuda:
+        if func in (Tensor.cuda, Tensor.pin_memory):
             return args[0]
         kwargs = dict(kwargs or {})
         if str(kwargs.get("device")).startswith("cuda"):

@@ -141,13 +141,13 @@ def straight(folder: Path) -> Path:
     return output
 
 
-def test_a_comparison_killed_twice_ends_with_the_same_results_on_any_number_of_workers(
+def test_a_killed_comparison_ends_with_the_same_results_on_any_number_of_workers(
     straight: Path, folder: Path
 ) -> None:
+    """The command alone is killed, and its workers end with it."""
     output, spec = folder / "killed", write(folder, SPEC | {"workers": 2})
-    for count, alone in ((1, True), (3, False)):
-        kill_after(start(spec, output, folder), output, count, alone)
-        assert not (output / "table.md").exists()
+    kill_after(start(spec, output, folder), output, 3, alone=True)
+    assert not (output / "table.md").exists()
     before = {path.name: path.stat().st_mtime_ns for path in output.glob("runs/*.json")}
     compare(read_spec(write(folder, SPEC)), output)
     assert results(output) == results(straight)

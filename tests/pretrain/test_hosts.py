@@ -37,7 +37,10 @@ def missing() -> str | None:
 @pytest.mark.skipif(missing() is not None, reason=f"{missing()}")
 @pytest.mark.parametrize(
     "starter",
-    ["pdsh", "deepspeed", "mpirun", pytest.param("torchrun", marks=pytest.mark.slow), "srun"],
+    [
+        *("pdsh", "deepspeed", "mpirun"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("torchrun", "srun")),
+    ],
 )
 def test_two_hosts_train_as_one_does(folder: Path, straight: str, starter: str) -> None:
     """With dropout; from the installed package, in a folder that is no checkout."""

@@ -44,6 +44,9 @@ def replace_what_only_a_gpu_has() -> None:
         "empty_cache": None,
     }.items():
         setattr(cuda, name, lambda *_, found=found, **__: found)
+    # Adam asks whether its steps are captured in a graph, where PyTorch was built for GPUs.
+    no_graph = SimpleNamespace(is_capturing=lambda: False)
+    torch.accelerator.current_stream = lambda *_: no_graph  # type: ignore[assignment]
     # It asks nvcc for its version; --transformer-impl local does not use the kernels in fp32.
     with contextlib.suppress(ModuleNotFoundError):  # newer versions have none
         kernels: Any = importlib.import_module("megatron.legacy.fused_kernels")

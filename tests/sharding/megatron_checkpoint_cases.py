@@ -373,7 +373,7 @@ RESHARDED: dict[str, dict[str, Any]] = {
 
 CASES = {
     "saved-rounded": CheckpointCase(**SAVED, bf16=True, settings=ROUNDED),
-    "saved-te": CheckpointCase(**SAVED, bf16=True, transformer_engine=True),
+    "saved-te": CheckpointCase(**SAVED, slow=True, bf16=True, transformer_engine=True),
     "saved-fully-e": CheckpointCase(
         **SAVED, bf16=True, settings=E_SETTINGS, format="fully_reshardable", moves=(TP2,)
     ),
