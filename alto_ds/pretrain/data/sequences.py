@@ -132,6 +132,7 @@ class StreamedSequences:
         _check_amount(0 if sample is None else 1, self.validation, settings)
         self.fingerprint = _digest(
             _cache_key(self.tokenizer, settings),
+            # Runs on one file that began before there were parts go on.
             origin if self._stream.parts == 1 else [*origin, self._stream.parts],
             None if sample is None else {TOKENS: sample.tolist()},
             self.validation.tolist(),
