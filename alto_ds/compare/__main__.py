@@ -19,7 +19,7 @@ NAME = "alto_ds.compare"
 
 def main() -> None:
     """Run the comparison that the command line names; the same command goes on after a kill."""
-    parser = OneLineParser(prog=NAME, description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = OneLineParser(prog=NAME, description="Compare optimizers, all treated alike.")
     parser.add_argument("spec", type=Path, help="YAML or JSON; see alto_ds/compare/README.md")
     parser.add_argument(
         "--output_dir", type=Path, help="for the results (default: runs/NAME OF THE SPEC)"

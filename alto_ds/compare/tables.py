@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from scipy import stats
 
@@ -27,6 +27,31 @@ def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
         confidence: in (0, 1).
     """
     return float(stats.t.ppf((1 + confidence) / 2, freedom))
+
+
+class OverSeeds(NamedTuple):
+    """What values of several seeds say.
+
+    Attributes:
+        mean: infinite where one of them is not finite.
+        interval: half the width of the mean's interval; None for one seed, or an infinite mean.
+        deviation: standard deviation; likewise.
+    """
+
+    mean: float
+    interval: float | None
+    deviation: float | None
+
+
+def over(values: Sequence[float]) -> OverSeeds:
+    """Mean, interval by Student's t, and standard deviation."""
+    if not all(map(math.isfinite, values)):
+        return OverSeeds(math.inf, None, None)
+    mean, count = statistics.fmean(values), len(values)
+    if count == 1:
+        return OverSeeds(mean, None, None)
+    deviation = statistics.stdev(values)
+    return OverSeeds(mean, t_quantile(count - 1) * deviation / math.sqrt(count), deviation)
 
 
 def write_runs(folder: Path, runs: Sequence[Mapping[str, Any]]) -> None:
@@ -66,20 +91,13 @@ def summary(
     A run that has diverged counts as infinitely bad, so one of them makes the mean infinite.
     """
     values = [_metric(run, "test", headline) for run in finals]
-    finite = all(map(math.isfinite, values))
-    several = finite and len(values) > 1
-    spread = statistics.stdev(values) if several else None
-    half = (
-        t_quantile(len(values) - 1) * spread / math.sqrt(len(values))
-        if spread is not None
-        else None
-    )
+    over_seeds = over(values)
     return {
         "optimizer": best["optimizer"],
         "type": best["type"],
-        f"test_{headline}": statistics.fmean(values) if finite else math.inf,
-        "interval_95": half,
-        "standard_deviation": spread,
+        f"test_{headline}": over_seeds.mean,
+        "interval_95": over_seeds.interval,
+        "standard_deviation": over_seeds.deviation,
         "lowest": min(values),
         "highest": max(values),
         "seeds": len(values),

@@ -20,7 +20,7 @@ NAME = "alto_ds.report"
 
 def main() -> None:
     """Write the page that the command line asks for, and print its path."""
-    parser = OneLineParser(prog=NAME, description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = OneLineParser(prog=NAME, description="Make a page of a comparison, or of runs.")
     parser.add_argument(
         "folders",
         nargs="+",

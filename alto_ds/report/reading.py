@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from alto_ds.compare.files import curve_file
-from alto_ds.compare.tables import t_quantile
+from alto_ds.compare.tables import over
 from alto_ds.pretrain.identity import FILE
 from alto_ds.pretrain.metrics import read_metrics
 
@@ -363,19 +362,12 @@ def _summary(runs: Sequence[_Run], label: str) -> Result:
     """Of runs that differ by seed."""
     histories = [run.history for run in runs]
     values = [math.nan if history.value is None else history.value for history in histories]
-    finite = all(map(math.isfinite, values))
-    deviation = statistics.stdev(values) if finite and len(values) > 1 else None
-    interval = None
-    if deviation is not None:
-        interval = t_quantile(len(values) - 1) * deviation / math.sqrt(len(values))
     return Result(
         optimizer=runs[0].optimizer,
         label=label,
         batch_size=runs[0].identity["train_batch_size"],
         params=runs[0].identity["optimizer"]["params"],
-        mean=statistics.fmean(values) if finite else math.inf,
-        interval=interval,
-        deviation=deviation,
+        **over(values)._asdict(),
         histories=histories,
         notes=[note for run in runs for note in _how_far(run)],
     )
