@@ -8,7 +8,6 @@ aside.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from alto_ds.compare.files import write_whole
 from alto_ds.compare.spec import TextSettings
 from alto_ds.compare.task import PARTS, Parameters
 from alto_ds.pretrain.data.order import micro_batches, shuffled
+from alto_ds.pretrain.data.sequences import digest
 from alto_ds.pretrain.data.streamed import Tokens, joined
 from alto_ds.pretrain.data.text import TEXT, documents
 from alto_ds.pretrain.data.tokenizer import load_tokenizer, make_tokenizer
@@ -117,7 +117,7 @@ def prepare(settings: TextSettings, seeds: Sequence[int], folder: Path) -> str:
     _check_compiler(settings)
     folder.mkdir(parents=True, exist_ok=True)
     parts = _parts(settings)
-    source = _digest(parts, settings.model_settings.architecture, _without_paths(settings))
+    source = digest(parts, settings.model_settings.architecture, _without_paths(settings))
     record = folder / RECORD
     made = json.loads(record.read_text()) if record.exists() else {}
     if made.get("source") == source and {*seeds} <= {*made["seeds"]}:
@@ -141,7 +141,7 @@ def prepare(settings: TextSettings, seeds: Sequence[int], folder: Path) -> str:
     for seed in seeds:
         rows = _training_sequences(training, data, tokenizer, length, seed)
         _save(folder / _of_seed(seed), rows, "train")
-    fingerprint = _digest(source, tokenizer.backend_tokenizer.to_str())
+    fingerprint = digest(source, tokenizer.backend_tokenizer.to_str())
     made = {"source": source, "seeds": [*seeds], "fingerprint": fingerprint}
     write_whole(record, json.dumps(made))  # last, so that data without it is incomplete
     return fingerprint
@@ -224,10 +224,6 @@ def _without_paths(settings: TextSettings) -> dict[str, Any]:
     """Of which the text tells all that matters."""
     paths = ("train", *PARTS, "files")
     return {k: v for k, v in dataclasses.asdict(settings).items() if k not in paths}
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _of_seed(seed: int) -> str:

@@ -100,7 +100,7 @@ class StoredSequences:
         _check_amount(total, self.validation, settings)
         # Of contents, not of times or paths, so that a copy of the text resumes the run.
         some = [row.tolist() for row in self._training[:: max(total // 64, 1)][TOKENS]]
-        self.fingerprint = _digest(key, [str(total)], some, self.validation.tolist())
+        self.fingerprint = digest(key, [str(total)], some, self.validation.tolist())
 
     def training_batches(
         self, first_batch: int, batch_size: int, gas: int, rank: int, world_size: int
@@ -124,13 +124,13 @@ class StreamedSequences:
         data, self._length = settings.data, settings.model.length
         origin = [data.dataset, data.dataset_config, data.dataset_split]
         self._stream = Stream(documents(data), data.dataset)
-        self.tokenizer = _tokenizer(settings, self._stream.training, _digest(*origin), resumed)
+        self.tokenizer = _tokenizer(settings, self._stream.training, digest(*origin), resumed)
         pack = functools.partial(_pack, tokenizer=self.tokenizer, length=self._length)
         held_out = self._stream.held_out.map(pack, batched=True, remove_columns=[TEXT])
         self.validation = _first_rows(held_out, settings)
         sample = next(self._sequences(0, rank=0, world_size=1), None)
         _check_amount(0 if sample is None else 1, self.validation, settings)
-        self.fingerprint = _digest(
+        self.fingerprint = digest(
             _cache_key(self.tokenizer, settings),
             # Runs on one file that began before there were parts go on.
             origin if self._stream.parts == 1 else [*origin, self._stream.parts],
@@ -171,7 +171,7 @@ def _pack_stored(
         batched=True,
         remove_columns=[TEXT],
         # The library would pickle the tokenizer for this, which differs from run to run.
-        new_fingerprint=_digest(key, part._fingerprint),
+        new_fingerprint=digest(key, part._fingerprint),
         desc="Tokenizing",
     )
 
@@ -200,8 +200,9 @@ def _check_amount(training: int, validation: Tensor, settings: Settings) -> None
 
 
 def _cache_key(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> str:
-    return _digest(tokenizer.backend_tokenizer.to_str(), settings.model.length)
+    return digest(tokenizer.backend_tokenizer.to_str(), settings.model.length)
 
 
-def _digest(*parts: Any) -> str:
+def digest(*parts: Any) -> str:
+    """A name for what decides how data come out, of 16 characters; parts are told by repr()."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
