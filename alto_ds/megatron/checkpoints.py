@@ -25,7 +25,7 @@ from alto_ds.optimizer import ALTO
 from alto_ds.states import E_EXP_AVG_GRAD, EXP_AVG, EXP_AVG_SQ, STEP
 
 # Those of ALTO that no scheduler writes, and by which training goes on.
-SETTINGS = tuple(
+_SETTINGS = tuple(
     name
     for name in settings.NAMES
     if name not in ("lr", "weight_decay", "trust_ratio", "nonfinite")
@@ -60,7 +60,7 @@ def _carry(part: Any) -> None:
     if isinstance(optimizer, ALTO):
         _make_states(optimizer)
         part.init_state_fn = lambda *_: None
-    elif part.init_state_fn is not None:  # megatron-core's Adam has it, its SGD none
+    else:
         part.init_state_fn(base, part.config)
         _make_states_beside_adam(base)
     if isinstance(base, ALTO | Adam):  # the Adam of TransformerEngine and Apex counts in the groups
@@ -123,28 +123,18 @@ def _take_steps(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[str
             _check_names(taken.get(key, {}), _names_of(optimizer))
             taken[key] = {**taken[key], STEP: torch.tensor(float(saved[STEP]))}
         groups.append({name: value for name, value in saved.items() if name != STEP})
-    _say_what_is_replaced(state_dict["param_groups"][:1], optimizer.param_groups[:1])
+    _say_what_is_replaced(state_dict["param_groups"], optimizer.param_groups)
     return {**state_dict, "state": taken, "param_groups": groups}
 
 
 def _say_what_is_replaced(saved: Sequence[Any], own: Sequence[Any]) -> None:
-    """Say on rank 0 which settings of the checkpoint are used in place of those just given.
-
-    Args:
-        saved: one of its groups, or none.
-        own: the same of the optimizer.
-    """
-    of_both = [
-        (name, theirs[name], ours[name])
+    """Say on rank 0 which settings of the checkpoint's groups replace those just given."""
+    differ = dict.fromkeys(
+        f"{name}={theirs[name]!r} in place of {ours[name]!r}"
         for theirs, ours in zip(saved, own, strict=True)
-        for name in SETTINGS
-        if name in theirs and name in ours
-    ]
-    differ = [
-        f"{name}={old!r} in place of {new!r}"
-        for name, old, new in of_both
-        if _plain(old) != _plain(new)
-    ]
+        for name in _SETTINGS
+        if name in theirs and name in ours and _plain(theirs[name]) != _plain(ours[name])
+    )
     if differ:
         registration.say_on_rank_0(
             f"alto_ds.megatron: the checkpoint's settings are used: {', '.join(differ)}."

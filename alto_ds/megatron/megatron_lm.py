@@ -15,13 +15,12 @@ import functools
 import importlib
 import itertools
 import json
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
 from alto_ds.megatron.optimizer import check_settings, get_megatron_optimizer
+from alto_ds.registration import say_on_rank_0
 
 PREFIX = "--alto-"
 # These are Megatron-LM's own options, and its scheduler writes them into the groups.
@@ -51,8 +50,7 @@ def use_alto(argv: Sequence[str]) -> list[str]:
     training.get_megatron_optimizer = functools.partial(get_megatron_optimizer, **settings)
     if hasattr(training, "get_megatron_muon_optimizer"):
         training.get_megatron_muon_optimizer = _refuse_muon
-    if os.environ.get("RANK", "0") == "0":
-        print(_told(training.__name__, settings), file=sys.stderr, flush=True)
+    say_on_rank_0(_told(training.__name__, settings))
     return rest
 
 
