@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from alto_ds.pretrain import evaluate, sample
 from alto_ds.pretrain.evaluate import loss_of, windows
 from alto_ds.pretrain.model import IGNORED
 from alto_ds.pretrain.trained import Trained, load_trained
+from tests.in_process import call
 from tests.pretrain.forked import Forks
 from tests.pretrain.runs import STEPS, TEXTS, measured, options, weights
 
@@ -145,20 +145,6 @@ class Letters:
 
     def decode(self, tokens: Any, **_: Any) -> str:
         return "".join(chr(64 + int(token)) for token in tokens if token)
-
-
-def call(
-    module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str
-) -> Any:
-    """Run a command in this process; what it prints and its exit status."""
-    monkeypatch.setattr("sys.argv", ["command", *words])
-    status: Any = 0
-    try:
-        module.main()
-    except SystemExit as end:
-        status = end.code
-    printed = capsys.readouterr()
-    return SimpleNamespace(out=printed.out, err=printed.err, status=status)
 
 
 def test_the_commands_say_what_they_find(

@@ -23,6 +23,7 @@ import pytest
 from alto_ds.report import __main__ as report
 from alto_ds.report.pictures import looks, spread
 from alto_ds.report.reading import read_studies
+from tests import in_process
 from tests.report.folders import (
     LAYERS,
     STEPS,
@@ -81,14 +82,7 @@ def call(
     """Runs the command in this process; gives what it prints, and its exit status."""
 
     def run(*words: Any) -> SimpleNamespace:
-        monkeypatch.setattr("sys.argv", ["command", *map(str, words)])
-        status: Any = 0
-        try:
-            report.main()
-        except SystemExit as end:
-            status = end.code
-        printed = capsys.readouterr()
-        return SimpleNamespace(out=printed.out, err=printed.err, status=status)
+        return in_process.call(report, monkeypatch, capsys, *map(str, words))
 
     return run
 
