@@ -64,14 +64,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (SetupError, checkpoint.CheckpointError) as error:
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(f"{NAME}: {error}", file=sys.stderr)
-        sys.exit(ExitStatus.REFUSED)
+        status = ExitStatus.REFUSED
     except FloatingPointError as error:
         if dist.get_rank() == 0:
             print(f"{NAME}: {error}", file=sys.stderr)
         status = ExitStatus.NOT_FINITE
-    # Otherwise Python may exit while a thread of gloo still frees the last gathered tensors.
-    dist.barrier()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        # Otherwise Python may exit while a thread of gloo still frees the last gathered tensors,
+        # which aborts the process.
+        dist.barrier()
+        dist.destroy_process_group()
     sys.exit(status)
 
 
