@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,11 +32,18 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path, extended_by: Sequence[Path] = ()) -> dict[str, Any]:
     """Read a YAML file, or a JSON where the name ends so.
 
+    Its key ``extends`` names another file, by the path from this one. What that file says holds
+    where this one says nothing; of mappings in both, that is so key by key.
+
+    Args:
+        path: of the file.
+        extended_by: files that this one is read for.
+
     Raises:
-        ValueError: it is none, no mapping, or a key stands in it twice.
+        ValueError: it is none, no mapping, a key stands in it twice, or it extends itself.
         OSError: it cannot be read.
     """
     try:
@@ -49,7 +56,24 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise ValueError(f"it is no YAML or JSON: {' '.join(str(error).split())}") from None
     if not isinstance(parsed, dict):
         raise ValueError("it must be a mapping, with task, optimizers and so on")
-    return parsed
+    name = parsed.pop("extends", None)
+    if name is None:
+        return parsed
+    readers = (*extended_by, path.resolve())
+    below = path.parent / str(name)
+    if below.resolve() in readers:
+        raise ValueError(f"extends={name!r} comes back to that file; name another")
+    try:
+        return _laid_on(read_mapping(below, readers), parsed)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"extends={name!r}: {error}") from None
+
+
+def _laid_on(below: Any, above: Any) -> Any:
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    joined = {key: _laid_on(below.get(key), value) for key, value in above.items()}
+    return {**below, **joined}
 
 
 def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

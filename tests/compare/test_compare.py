@@ -415,6 +415,25 @@ def test_a_json_says_the_same_as_a_yaml(tmp_path: Path) -> None:
     assert read_spec(path) == read_spec(write(tmp_path, SPEC))
 
 
+def test_a_file_extends_another(tmp_path: Path) -> None:
+    write(tmp_path, SPEC)
+    above = tmp_path / "above.yaml"
+    above.write_text("extends: spec.yaml\nsteps: 7\noptimizers: {SGD: {search: {lr: {high: 9}}}}\n")
+    found, below = read_spec(above), read_spec(tmp_path / "spec.yaml")
+    lr = found.optimizers["SGD"].search["lr"]
+    assert lr == Range(low=1e-4, high=9, log=True, points=3)
+    kept = {name: found.optimizers[name] for name in found.optimizers if name != "SGD"}
+    assert kept.items() <= below.optimizers.items()
+    assert found == dataclasses.replace(below, steps=7, optimizers=found.optimizers)
+    for name, message in (
+        ("above.yaml", "extends='above.yaml' comes back to that file; name another"),
+        ("none.yaml", "extends='none.yaml': [Errno 2] No such file"),
+    ):
+        above.write_text(f"extends: {name}\n")
+        with pytest.raises(ValueError, match=re.escape(message)):
+            read_spec(above)
+
+
 def test_the_readmes_example_is_a_comparison(tmp_path: Path) -> None:
     readme = (ROOT / "alto_ds/compare/README.md").read_text()
     path = tmp_path / "example.yaml"
