@@ -35,8 +35,8 @@ _Loader.add_implicit_resolver(
 def read_mapping(path: Path, extended_by: Sequence[Path] = ()) -> dict[str, Any]:
     """Read a YAML file, or a JSON where the name ends so.
 
-    Its key ``extends`` names another file, by the path from this one. What that file says holds
-    where this one says nothing; of mappings in both, that is so key by key.
+    Its key ``extends`` names other files, by the path from this one: one, or a list. What they say
+    holds where this one, or a later one of them, says nothing; of mappings, key by key.
 
     Args:
         path: of the file.
@@ -56,17 +56,18 @@ def read_mapping(path: Path, extended_by: Sequence[Path] = ()) -> dict[str, Any]
         raise ValueError(f"it is no YAML or JSON: {' '.join(str(error).split())}") from None
     if not isinstance(parsed, dict):
         raise ValueError("it must be a mapping, with task, optimizers and so on")
-    name = parsed.pop("extends", None)
-    if name is None:
-        return parsed
+    extends = parsed.pop("extends", [])
     readers = (*extended_by, path.resolve())
-    below = path.parent / str(name)
-    if below.resolve() in readers:
-        raise ValueError(f"extends={name!r} comes back to that file; name another")
-    try:
-        return _laid_on(read_mapping(below, readers), parsed)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"extends={name!r}: {error}") from None
+    joined: dict[str, Any] = {}
+    for name in extends if isinstance(extends, list) else [extends]:
+        below = path.parent / str(name)
+        if below.resolve() in readers:
+            raise ValueError(f"extends={name!r} comes back to that file; name another")
+        try:
+            joined = _laid_on(joined, read_mapping(below, readers))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"extends={name!r}: {error}") from None
+    return _laid_on(joined, parsed)
 
 
 def _laid_on(below: Any, above: Any) -> Any:

@@ -425,6 +425,9 @@ def test_a_file_extends_another(tmp_path: Path) -> None:
     kept = {name: found.optimizers[name] for name in found.optimizers if name != "SGD"}
     assert kept.items() <= below.optimizers.items()
     assert found == dataclasses.replace(below, steps=7, optimizers=found.optimizers)
+    (tmp_path / "seeds.yaml").write_text("seeds: [8, 9]\nsteps: 3\n")
+    above.write_text("extends: [spec.yaml, seeds.yaml]\nsteps: 5\n")
+    assert read_spec(above) == dataclasses.replace(below, steps=5, seeds=[8, 9])
     for name, message in (
         ("above.yaml", "extends='above.yaml' comes back to that file; name another"),
         ("none.yaml", "extends='none.yaml': [Errno 2] No such file"),
