@@ -1,4 +1,4 @@
-"""How do alpha and beta1 damp a step that is too long? The linear theory, and its picture.
+"""How do alpha, beta1 and beta2 damp a step that is too long? The linear theory, and its picture.
 
 .. code-block:: bash
 
@@ -21,41 +21,43 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from numpy.typing import NDArray
 
-BETA2 = 0.9
-SETTINGS = [(0.0, 0.0), (-5.0, 0.99), (-50.0, 0.99), (-0.5, 0.0), (0.5, 0.01), (0.9, 0.0)]
+SETTINGS = [  # alpha, beta1, beta2
+    (0.0, 0.0, 0.9),
+    (0.0, 0.0, 0.5),
+    (-5.0, 0.99, 0.9),
+    (-50.0, 0.99, 0.9),
+    (-0.5, 0.0, 0.9),
+    (0.5, 0.01, 0.9),
+    (0.9, 0.0, 0.9),
+]
 STEPS = np.geomspace(1e-2, 1e2, 801)  # η λ
 
 
-def spectral_radius(step: float, alpha: float, beta1: float) -> float:
+def spectral_radius(step: float, alpha: float, beta1: float, beta2: float) -> float:
     """Of the map from (θ, m, s) to the next, for a step η λ."""
     c = -alpha * (1 - beta1)
     # m and s are in units of the curvature.
-    m = (1 - BETA2) * np.array([1 - c, 0.0, c]) + BETA2 * np.array([0.0, 1.0, 0.0])
+    m = (1 - beta2) * np.array([1 - c, 0.0, c]) + beta2 * np.array([0.0, 1.0, 0.0])
     s = np.array([1 - beta1, 0.0, beta1])
     theta = np.array([1.0, 0.0, 0.0]) - step * m
     return float(np.abs(np.linalg.eigvals(np.stack([theta, m, s]))).max())
 
 
-def radii(alpha: float, beta1: float) -> NDArray[np.float64]:
-    """Those of all :data:`STEPS`."""
-    return np.array([spectral_radius(step, alpha, beta1) for step in STEPS])
-
-
 def main(path: Path) -> None:
     """Print where each setting stops to be stable, and draw all of them."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for alpha, beta1 in SETTINGS:
-        found = radii(alpha, beta1)
+    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+    for alpha, beta1, beta2 in SETTINGS:
+        found = np.array([spectral_radius(step, alpha, beta1, beta2) for step in STEPS])
         unstable = STEPS[np.argmax(found > 1)] if found.max() > 1 else np.inf
-        name = f"alpha {alpha:g}, beta1 {beta1:g}" if alpha else "alpha 0: LAMB"
+        name = f"alpha {alpha:g}, beta1 {beta1:g}" if alpha else "LAMB"
+        name = f"{name}, beta2 {beta2:g}"
         print(f"{name}: unstable from {unstable:.1f}; at 3 {found[np.searchsorted(STEPS, 3)]:.3f}")
         axes.plot(STEPS, found, label=name)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set(xscale="log", ylim=(0.5, 1.15), xlabel="step times curvature")
     axes.set(ylabel="largest error left after a step")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=150)
 
 

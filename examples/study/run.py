@@ -21,7 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 # The pages, and the comparisons that each puts side by side.
 PAGES = {
-    "alpha": ["alpha"],
+    "alpha": ["alpha", "momentum"],
     "batch": ["batch-32", "batch-512", "batch-8192"],
     "epochs": ["epochs-1", "epochs-5", "epochs-30", "epochs-150"],
     "e": ["e"],
