@@ -27,6 +27,11 @@ def curve_file(folder: Path, key: str) -> Path:
     return folder / "curves" / f"{key}.csv"
 
 
+def ratios_file(folder: Path, key: str) -> Path:
+    """The trust ratios of its layers at some steps, where its optimizer has them."""
+    return folder / "ratios" / f"{key}.csv"
+
+
 def read_result(folder: Path, key: str) -> dict[str, Any] | None:
     """What a run has left; None where it has not been finished."""
     path = result_file(folder, key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -19,11 +20,16 @@ from deepspeed.utils import logger
 from torch import nn
 from torch.optim import Optimizer
 
-from alto_ds.compare.files import curve_file, result_file, write_whole
+from alto_ds import ALTO
+from alto_ds.compare.files import curve_file, ratios_file, result_file, write_whole
 from alto_ds.compare.optimizers import make_optimizers
 from alto_ds.compare.spec import Spec
 from alto_ds.compare.task import Task
-from alto_ds.compare.text import TextTask
+from alto_ds.compare.tasks import make_task
+from alto_ds.pretrain.metrics import scaled_ratios
+from alto_ds.report.sharpness import Eigenvalue, largest_of_hessian
+
+RATIOS = 20  # steps of a final run at which trust ratios are recorded, fewer in a shorter one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +76,8 @@ class Run:
             "schedule": dataclasses.asdict(spec.schedule),
             "gradient_clipping": spec.gradient_clipping,
         }
+        if self.stage == "final" and spec.sharpness:
+            common["sharpness"] = spec.sharpness
         setting = json.dumps(common | dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(setting.encode()).hexdigest()[:16]
 
@@ -79,7 +87,7 @@ class DivergedError(Exception):
 
 
 def finish(run: Run, spec: Spec, folder: Path) -> dict[str, Any]:
-    """Do a run, and write its curve and then its result.
+    """Do a run, and write its curve, trust ratios where it has them, and then its result.
 
     Args:
         run: what to do.
@@ -90,19 +98,21 @@ def finish(run: Run, spec: Spec, folder: Path) -> dict[str, Any]:
         What is in the result's file: the run's optimizer, type, params, stage, seed and device;
         ``diverged``, why and at which step, or null; ``steps`` done; ``seconds`` of these steps,
         without evaluation; ``validation`` and, of final runs, ``test``: metrics by their names,
-        null where the run has diverged.
+        null where the run has diverged; and of final runs that have not, where the comparison
+        measures it, ``sharpness`` and ``sharpness_residual``.
     """
     logger.setLevel(logging.ERROR)  # the schedule warns of each first step
     device = run.conditions.device
     if device == "cpu":
         torch.set_num_threads(1)  # so that the sums do not depend on the machine
-    task = TextTask(spec.task, folder / "data")
+    task = make_task(spec.task, folder / "data")
     model = task.model(run.seed).to(device)
     rows: list[tuple[int, float, float]] = []
+    ratios: list[tuple[int, str, float]] = []
     metrics: dict[str, Mapping[str, float] | None] = {"validation": None, "test": None}
     diverged = None
     try:
-        _train(task, model, run, spec, rows)
+        _train(task, model, run, spec, rows, ratios)
         for part in ("validation", "test")[: 2 if run.stage == "final" else 1]:
             found = task.evaluate(model, part, spec.micro)
             if not all(map(math.isfinite, found.values())):
@@ -113,6 +123,9 @@ def finish(run: Run, spec: Spec, folder: Path) -> dict[str, Any]:
     key, each = run.key(spec), spec.batch_size * task.tokens_per_sequence
     lines = [f"{step},{step * each},{seconds:.4f},{loss!r}" for step, seconds, loss in rows]
     write_whole(curve_file(folder, key), "\n".join(["step,tokens,seconds,loss", *lines, ""]))
+    if ratios:
+        lines = [f"{step},{layer},{ratio!r}" for step, layer, ratio in ratios]
+        write_whole(ratios_file(folder, key), "\n".join(["step,layer,ratio", *lines, ""]))
     result = {
         "optimizer": run.optimizer,
         "type": run.type,
@@ -125,14 +138,40 @@ def finish(run: Run, spec: Spec, folder: Path) -> dict[str, Any]:
         "seconds": round(rows[-1][1], 2) if rows else 0.0,
         **metrics,
     }
+    if spec.sharpness and run.stage == "final" and diverged is None:
+        end = sharpness(task, model, run.seed, spec)
+        result |= {"sharpness": end.value, "sharpness_residual": end.residual}
     write_whole(result_file(folder, key), json.dumps(result, indent=1) + "\n")
     return result
 
 
+def sharpness(task: Task, model: nn.Module, seed: int, spec: Spec) -> Eigenvalue:
+    """The largest eigenvalue of the Hessian of the loss over a seed's first training examples.
+
+    They are the same for all batch sizes.
+    """
+    micro = math.gcd(spec.sharpness, spec.micro)
+    count = spec.sharpness // micro
+    batches = [*itertools.islice(task.batches(seed, spec.sharpness, micro), count)]
+    model.eval()
+    return largest_of_hessian(
+        lambda: (task.loss(model, batch) / count for batch in batches),
+        [*model.parameters()],
+        torch.Generator().manual_seed(0),
+    )
+
+
 def _train(
-    task: Task, model: nn.Module, run: Run, spec: Spec, rows: list[tuple[int, float, float]]
+    task: Task,
+    model: nn.Module,
+    run: Run,
+    spec: Spec,
+    rows: list[tuple[int, float, float]],
+    ratios: list[tuple[int, str, float]],
 ) -> None:
     """Train to the last step; add each step, the seconds since the first, and its loss to rows.
+
+    Of a final run add step, layer and trust ratio to ratios at some steps.
 
     Raises:
         DivergedError: a loss or a gradient is not finite.
@@ -142,6 +181,7 @@ def _train(
     batches = task.batches(run.seed, spec.batch_size, spec.micro)
     accumulation = spec.batch_size // spec.micro
     clipping = spec.gradient_clipping or math.inf
+    recorded = _recorded(spec.total_steps) if run.stage == "final" else ()
     began = time.perf_counter()
     for step in range(1, spec.total_steps + 1):
         torch.manual_seed(run.seed + step - 1)  # of dropout, as in the main job
@@ -156,6 +196,9 @@ def _train(
             raise DivergedError(f"step {step}: loss {loss}, gradient norm {norm}")
         for optimizer in optimizers:
             _step(optimizer, step)
+            scaling = getattr(optimizer, "optimizer", optimizer)  # E has its base inside
+            if step in recorded and isinstance(scaling, ALTO):
+                ratios += [(step, *of_layer) for of_layer in scaled_ratios(scaling, model).items()]
         for schedule in schedules:
             schedule.step()
         model.zero_grad()
@@ -168,6 +211,12 @@ def _step(optimizer: Optimizer, step: int) -> None:
     # Raised by ALTO and E of what is not finite, and by decompositions of such matrices.
     except (FloatingPointError, torch.linalg.LinAlgError) as error:
         raise DivergedError(f"step {step}: {' '.join(str(error).split())[:200]}") from None
+
+
+def _recorded(steps: int) -> set[int]:
+    """Steps that are evenly spread over a run, the last among them."""
+    count = min(RATIOS, steps)
+    return {steps * number // count for number in range(1, count + 1)}
 
 
 def _schedule(optimizer: Optimizer, spec: Spec) -> WarmupCosineLR:

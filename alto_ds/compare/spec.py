@@ -14,6 +14,16 @@ from alto_ds.pretrain.settings import DataSettings, ModelSettings
 
 METHODS = ("grid", "random", "optuna")
 NAME = re.compile(r"[\w.+() -]+")
+DIGITS, MLP = "digits", "mlp"
+# Kind of block, channels and blocks of each stage.
+RESNETS: Mapping[str, tuple[str, Sequence[int], Sequence[int]]] = {
+    "resnet20": ("basic", (16, 32, 64), (3, 3, 3)),
+    "resnet32": ("basic", (16, 32, 64), (5, 5, 5)),
+    "resnet56": ("basic", (16, 32, 64), (9, 9, 9)),
+    "resnet18": ("basic", (64, 128, 256, 512), (2, 2, 2, 2)),
+    "resnet34": ("basic", (64, 128, 256, 512), (3, 4, 6, 3)),
+    "resnet50": ("bottleneck", (256, 512, 1024, 2048), (3, 4, 6, 3)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +78,6 @@ class TextSettings:
     evaluation_sequences: int = 2000
 
     def __post_init__(self) -> None:
-        if self.type != "text":
-            raise ValueError(f"type={self.type!r} must be text, the only task")
         for name in ("train", "validation", "test", "files"):
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a list of files")
@@ -87,6 +95,11 @@ class TextSettings:
             raise ValueError(str(error).removeprefix("--")) from None
 
     @property
+    def tokens_per_sequence(self) -> int:
+        """See :class:`alto_ds.compare.task.Task`."""
+        return self.model_settings.length
+
+    @property
     def model_settings(self) -> ModelSettings:
         """Those of the main job."""
         names = ("model", "n_layer", "n_embd", "n_head", "seq_length", "dropout", "compile")
@@ -100,6 +113,72 @@ class TextSettings:
             tokenizer=self.tokenizer,
             vocab_size=self.vocab_size,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionSettings:
+    """Classification of images.
+
+    Attributes:
+        type: "vision".
+        dataset: "digits", 1,797 images of 8 x 8 that scikit-learn has, or the folder with the files
+            of MNIST (or of a data set in its format), CIFAR-10 or CIFAR-100, in which they are
+            published.
+        model: "mlp", or a name of :data:`RESNETS`.
+        hidden: units of each hidden layer of the mlp; None for 128.
+        augment: crop training images at random after padding by 4, and flip half of them.
+        label_noise: fraction of the training labels that another class replaces, drawn by the
+            run's seed.
+        validation_fraction: of the training images, with the same share of each class.
+        test_fraction: of the images of digits, likewise; None for 0.2. Other data sets have test
+            images.
+
+    Raises:
+        ValueError: a value is out of its range, or two do not go together.
+    """
+
+    type: str
+    dataset: str
+    model: str = "mlp"
+    hidden: Sequence[int] | None = None
+    augment: bool = False
+    label_noise: float = 0.0
+    validation_fraction: float = 0.1
+    test_fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.dataset, str):
+            raise ValueError(f"dataset={self.dataset!r} must be {DIGITS}, or a folder")
+        if self.model not in (MLP, *RESNETS):
+            raise ValueError(f"model={self.model!r} must be one of {', '.join((MLP, *RESNETS))}")
+        if self.hidden is not None:
+            if self.model != MLP:
+                raise ValueError(f"hidden={self.hidden!r} is of {MLP} only; remove it")
+            if not isinstance(self.hidden, list | tuple) or not self.hidden:
+                raise ValueError(f"hidden={self.hidden!r} must be a list, such as [128]")
+            for units in self.hidden:
+                at_least(1, hidden=units)
+        if type(self.augment) is not bool:
+            raise ValueError(f"augment={self.augment!r} must be true or false")
+        if not (_is_number(self.label_noise) and 0 <= self.label_noise < 1):
+            raise ValueError(f"label_noise={self.label_noise!r} must be in [0, 1)")
+        number(0, 1, validation_fraction=self.validation_fraction)
+        if self.test_fraction is not None:
+            if self.dataset != DIGITS:
+                raise ValueError(
+                    f"test_fraction={self.test_fraction!r} is of {DIGITS} only, for other data "
+                    "sets have test images; remove it"
+                )
+            number(0, 1, test_fraction=self.test_fraction)
+
+    @property
+    def tokens_per_sequence(self) -> int:
+        """See :class:`alto_ds.compare.task.Task`."""
+        return 1
+
+
+TaskSettings = TextSettings | VisionSettings
+TASKS = {"text": TextSettings, "vision": VisionSettings}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,19 +300,20 @@ class Spec:
         optimizers: by the names that the results have.
         search: how settings are searched for.
         seeds: of the final runs: weights and order of the data, the same for each optimizer.
-        batch_size: sequences of a step.
-        micro_batch_size: sequences of a micro step; None for all of the step.
+        batch_size: sequences, or images, of a step.
+        micro_batch_size: of a micro step, likewise; None for all of the step.
         steps: of each run; None where ``tokens`` says it.
         tokens: of each run, rounded down to whole steps.
         schedule: of the learning rate.
         gradient_clipping: largest global norm of the gradient; 0 for none.
+        sharpness: training examples on which final runs measure it at their end; 0 for none.
         workers: runs side by side, each on one core, or taking turns on the GPUs.
 
     Raises:
         ValueError: a value is out of its range, or two do not go together.
     """
 
-    task: TextSettings
+    task: TaskSettings
     optimizers: Mapping[str, Entry]
     search: SearchSettings
     seeds: Sequence[int]
@@ -243,10 +323,12 @@ class Spec:
     tokens: int | None = None
     schedule: Schedule = field(default_factory=Schedule)
     gradient_clipping: float = 1.0
+    sharpness: int = 0
     workers: int = 1
 
     def __post_init__(self) -> None:
         at_least(1, batch_size=self.batch_size, workers=self.workers)
+        at_least(0, sharpness=self.sharpness)
         for name in ("micro_batch_size", "steps", "tokens"):
             if (value := getattr(self, name)) is not None:
                 at_least(1, **{name: value})
@@ -287,7 +369,7 @@ class Spec:
 
     @property
     def _step_tokens(self) -> int:
-        return self.batch_size * self.task.model_settings.length
+        return self.batch_size * self.task.tokens_per_sequence
 
 
 def read_spec(path: Path) -> Spec:
@@ -298,7 +380,7 @@ def read_spec(path: Path) -> Spec:
         OSError: the file cannot be read.
     """
     given = read_mapping(path)
-    sections = {"task": TextSettings, "search": SearchSettings, "schedule": Schedule}
+    sections = {"task": _task(given.get("task")), "search": SearchSettings, "schedule": Schedule}
     for name, kind in sections.items():
         if name in given:
             given[name] = build(kind, given[name], name)
@@ -307,6 +389,14 @@ def read_spec(path: Path) -> Spec:
         raise ValueError("optimizers must be a mapping from names to settings")
     given["optimizers"] = {str(name): _entry(str(name), entry) for name, entry in entries.items()}
     return build(Spec, given, "")
+
+
+def _task(given: Any) -> type[TaskSettings]:
+    """The settings that a task of the type has; text where none is said."""
+    kind = given.get("type", "text") if isinstance(given, Mapping) else "text"
+    if kind not in (*TASKS,):  # it may be a list, which no mapping takes
+        raise ValueError(f"task.type={kind!r} must be one of {', '.join(TASKS)}")
+    return TASKS[kind]
 
 
 def _entry(name: str, given: Any) -> Entry:

@@ -27,8 +27,8 @@ from alto_ds.compare.run import Conditions, Run, finish
 from alto_ds.compare.search import edges, make_search
 from alto_ds.compare.spec import Entry, Range, Spec
 from alto_ds.compare.tables import summary, write_runs, write_table
-from alto_ds.compare.task import Parameters
-from alto_ds.compare.text import TextTask, prepare
+from alto_ds.compare.task import Parameters, Task
+from alto_ds.compare.tasks import make_task, prepare
 
 COMPUTES = ("alto-ds", "deepspeed", "pytorch-optimizer", "torch", "transformers")
 
@@ -37,8 +37,12 @@ Do = Callable[[Iterable[Run]], Iterable[Result]]
 FinishAll = Callable[[Sequence[Run]], list[Result]]
 
 
-def check_optimizers(spec: Spec) -> None:
-    """Make all optimizers with the settings that they will try, on a few numbers.
+def check_optimizers(spec: Spec, of: Parameters | None = None) -> None:
+    """Make all optimizers with the settings that they will try.
+
+    Args:
+        spec: of the comparison.
+        of: the model's parameters; None for a few numbers in their place.
 
     Raises:
         ValueError: names the optimizer and the setting.
@@ -48,7 +52,7 @@ def check_optimizers(spec: Spec) -> None:
             proposed = make_search(entry, spec.search).ask()  # of optuna's the first only
             for values in (*_extremes(entry), *proposed):
                 params = {**entry.params, **values}
-                make_optimizers(entry.type, params, _few_parameters())
+                make_optimizers(entry.type, params, of or _few_parameters())
         except ValueError as error:
             raise ValueError(f"optimizers.{name}.{error}") from None
 
@@ -67,12 +71,14 @@ def compare(spec: Spec, folder: Path) -> str:
         The table in Markdown.
 
     Raises:
-        ValueError: a setting or the text does not fit.
+        ValueError: a setting or the data does not fit.
     """
     check_optimizers(spec)
-    for name in ("runs", "curves"):
+    for name in ("runs", "curves", "ratios"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     conditions = _conditions(spec, folder)
+    task = make_task(spec.task, folder / "data")
+    _check_task(task, spec)
     about = dataclasses.asdict(spec) | dataclasses.asdict(conditions)
     about |= {"python": platform.python_version(), "machine": platform.machine()}
     write_whole(folder / "spec.json", json.dumps(about, indent=1) + "\n")
@@ -82,7 +88,7 @@ def compare(spec: Spec, folder: Path) -> str:
         best = {name: min(found, key=_validation_loss) for name, found in trials.items()}
         finals = _finals(spec, conditions, best, finish_all)
     write_runs(folder, [run for part in (trials, finals) for some in part.values() for run in some])
-    headline = TextTask.headline
+    headline = task.headline
     rows = [
         summary(
             trials[name],
@@ -94,6 +100,17 @@ def compare(spec: Spec, folder: Path) -> str:
         for name, entry in spec.optimizers.items()
     ]
     return write_table(folder, rows, headline)
+
+
+def _check_task(task: Task, spec: Spec) -> None:
+    """Refuse a batch that the data does not fill, and optimizers that do not take the model."""
+    task.batches(spec.search.seed, spec.batch_size, spec.micro)
+    if spec.sharpness:
+        try:
+            task.batches(spec.search.seed, spec.sharpness, 1)
+        except ValueError as error:
+            raise ValueError(f"sharpness={spec.sharpness} is too large: {error}") from None
+    check_optimizers(spec, task.parameters(task.model(spec.search.seed)))
 
 
 def _conditions(spec: Spec, folder: Path) -> Conditions:

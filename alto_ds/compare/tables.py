@@ -17,6 +17,7 @@ from alto_ds.compare.files import write_whole
 from alto_ds.compare.task import PARTS
 
 CONFIDENCE = 0.95
+SHARPNESS = ("sharpness", "sharpness_residual")
 
 
 def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
@@ -63,6 +64,7 @@ def write_runs(folder: Path, runs: Sequence[Mapping[str, Any]]) -> None:
             files, besides those of :func:`alto_ds.compare.run.finish`.
     """
     names = _metrics(runs)
+    measured = [name for name in SHARPNESS if any(name in run for run in runs)]
     rows = [
         {
             **{name: run[name] for name in ("optimizer", "type", "stage")},
@@ -70,6 +72,7 @@ def write_runs(folder: Path, runs: Sequence[Mapping[str, Any]]) -> None:
             "seed": run["seed"],
             "params": json.dumps(run["params"]),
             **{f"{part}_{name}": _metric(run, part, name) for part in PARTS for name in names},
+            **{name: run.get(name, "") for name in measured},
             "diverged": int(run["diverged"] is not None),
             "why": run["diverged"] or "",
             **{name: run[name] for name in ("steps", "seconds", "run")},

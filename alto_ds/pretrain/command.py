@@ -32,6 +32,7 @@ from alto_ds.pretrain.identity import (
     make_checkpoints_folder,
     settings_of_states,
     write_identity,
+    write_versions,
 )
 from alto_ds.pretrain.lock import one_run
 from alto_ds.pretrain.loop import evaluate, train
@@ -121,6 +122,8 @@ def _pretrain(settings: Settings, check_lock: Callable[[Path], None]) -> ExitSta
         step = client_state["step"]
         on_ranks(not fresh_states, lambda: check_states(tag, client_state, of_states))
     on_ranks(writes, lambda: write_held_out(folder, data.validation))
+    on_ranks(writes, lambda: write_versions(folder))
+    on_ranks(writes and resumed is None, lambda: write_identity(folder, identity))
     monitors = on_ranks(writes, lambda: Monitors(settings.deepspeed_config, folder, step))
     metrics = on_ranks(True, lambda: Metrics(folder, step, settings.steps, writes, monitors))
     assert metrics is not None
@@ -144,6 +147,7 @@ def _pretrain(settings: Settings, check_lock: Callable[[Path], None]) -> ExitSta
     try:
         step, status, loss = train(engine, data, settings, step, metrics, save)
     except FloatingPointError as error:
+        metrics.diverged(str(error))
         good = f"step {last_saved}, in {saved}" if last_saved else "none: no step was saved"
         raise FloatingPointError(
             f"{error} This step was not saved; the last good checkpoint is {good}."

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ FREE = ("optimizer.params.nonfinite",)
 OF_STATES = ("optimizer", "scheduler")  # what --fresh_states lets change
 STATES = "settings_of_states"  # in a checkpoint's client_state
 FILE = "run.json"
+VERSIONS = "versions.json"
+PACKAGES = ("alto-ds", "deepspeed", "torch", "transformers")
 
 
 def identity_of(settings: Settings, engine: Any, fingerprint: str) -> dict[str, Any]:
@@ -51,10 +56,24 @@ def identity_of(settings: Settings, engine: Any, fingerprint: str) -> dict[str, 
 
 
 def write_identity(folder: Path, identity: dict[str, Any]) -> None:
-    """Write a run's identity into its folder, at once, so that it is never half written."""
-    new = folder / f"{FILE}.new"
-    new.write_text(json.dumps(identity, indent=2) + "\n")
-    new.replace(folder / FILE)
+    """Write a run's identity into its folder."""
+    write_json(folder / FILE, identity)
+
+
+def write_versions(folder: Path) -> None:
+    """Write what trains from this start on; a run may go on with other versions."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):  # a copy that was not installed
+            found[name] = version(name)
+    write_json(folder / VERSIONS, found)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file at once, so that it is never half written."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(content, indent=2) + "\n")
+    new.replace(path)
 
 
 def make_checkpoints_folder(path: Path) -> None:
@@ -65,7 +84,7 @@ def make_checkpoints_folder(path: Path) -> None:
     """
     if not path.is_dir() and (path.parent / FILE).exists():
         raise FileNotFoundError(
-            f"{path} is gone, and {path.parent / FILE} says that a run has saved there. Bring it "
+            f"{path} is gone, and {path.parent / FILE} says that there is a run. Bring it "
             "back to resume that run, or remove that file, too, to start anew."
         )
     path.mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
@@ -10,11 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from tqdm import tqdm
 
 from alto_ds import ALTO
 from alto_ds.checkpoint.deepspeed_files import optimizers_of
+from alto_ds.pretrain.identity import write_json
 from alto_ds.pretrain.monitors import Monitors
+
+DIVERGED = "diverged.json"
 
 
 class Metrics:
@@ -23,7 +28,7 @@ class Metrics:
     Args:
         folder: the run's output folder.
         first_step: steps that were done before; later lines in the file are dropped, for they
-            come from steps after the checkpoint.
+            come from steps after the checkpoint, and so does :data:`DIVERGED`.
         last_step: number of the last step.
         active: whether this is rank 0.
         monitors: which are told of each step, too.
@@ -55,6 +60,8 @@ class Metrics:
         kept = folder / "metrics.jsonl.new"
         kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
         kept.replace(self.path)  # at once, so that nothing is lost where the run is killed now
+        (folder / DIVERGED).unlink(missing_ok=True)
+        self.last = first_step
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115  open for the whole run
         self.bar = tqdm(
             total=last_step, initial=first_step, unit="step", desc="Training", dynamic_ncols=True
@@ -65,6 +72,7 @@ class Metrics:
         if not self.active:
             return
         self.file.write(json.dumps(row) + "\n")
+        self.last = row["step"]
         if self.monitors is not None:
             self.monitors.step(row)
         self.bar.update(row["step"] - self.bar.n)
@@ -75,6 +83,12 @@ class Metrics:
         self.bar.set_postfix(shown)
         if "val_loss" in row:
             self.say(_evaluation_line(row))
+
+    def diverged(self, why: str) -> None:
+        """Write down that the step after the last one recorded has ended the run, and why."""
+        if self.active:
+            with contextlib.suppress(OSError):  # the user is to hear why, also with a full disk
+                write_json(self.folder / DIVERGED, {"step": self.last + 1, "why": why})
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""
@@ -118,9 +132,12 @@ def trust_ratios_of(engine: Any) -> dict[str, float] | None:
         None where the optimizer has no trust ratios.
     """
     optimizer = alto_of(engine)
-    if optimizer is None:
-        return None
-    layers = optimizer.trust_ratios(engine.module.named_parameters())
+    return None if optimizer is None else scaled_ratios(optimizer, engine.module)
+
+
+def scaled_ratios(optimizer: ALTO, model: nn.Module) -> dict[str, float]:
+    """The trust ratios of an optimizer's latest step; see :func:`trust_ratios_of`."""
+    layers = optimizer.trust_ratios(model.named_parameters())
     return {name: layer.ratio for name, layer in layers.items() if layer.scaled}
 
 

@@ -50,7 +50,8 @@ def main() -> None:
         runs = [folder for folder in given.folders if (folder / FILE).is_file()]
         if given.sharpness and not runs:
             raise ValueError(
-                "--sharpness needs a run of alto_ds.pretrain; a comparison keeps no weights"
+                "--sharpness needs a run of alto_ds.pretrain; a comparison keeps no weights: write "
+                "sharpness: 256 into its file"
             )
         measured = {
             str(folder): measure(folder, given.sharpness_sequences)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from alto_ds.compare.files import write_whole
+from alto_ds.compare.tables import over
 from alto_ds.report import pictures
 from alto_ds.report.pictures import Look, Picture
 from alto_ds.report.reading import OF_SEEDS, History, Result, Study, differences
@@ -24,11 +25,18 @@ EDGES = (
     " A note names a setting whose best value is at an end of what was searched: a better one may "
     "lie beyond."
 )
+SHARPNESS = (
+    " Sharpness is the largest eigenvalue of the Hessian of the training loss at the end, over the "
+    "first examples of each seed."
+)
 # Settings, of comparisons and of runs, that may differ where batch sizes are compared.
 OF_BATCHES = (
     *("optimizers", "batch_size", "micro_batch_size", "workers", "search", "seeds", "machine"),
+    "sharpness",
     *("optimizer", "scheduler", "train_batch_size", *OF_SEEDS),
 )
+LENGTHS = ("steps", "tokens", "epochs")  # settings, of which one says how long a run is
+BY = {"batch_size": "batch size", "steps": "number of steps"}
 VERSIONS = ("alto-ds", "deepspeed", "matplotlib", "torch", "transformers")
 
 
@@ -80,7 +88,7 @@ def write_page(studies: Sequence[Study], sharpness: Mapping[str, Sharpness], fol
                 study, f"{study.title}: " if len(studies) > 1 else "", number, look, folder
             )
         ]
-        parts += _batches(studies, look, folder)
+        parts += _scaling(studies, look, folder)
         parts += _trust_ratios(studies, folder)
         parts += _sharpness(studies, sharpness, look, folder)
     parts.append(_settings(studies))
@@ -112,12 +120,13 @@ def _of_study(
             "Strokes are seeds, the marker is their mean, and the line its 95 % interval by "
             "Student's t over the seeds. A diverged run counts as infinitely bad."
             + (EDGES if study.validation == "validation" else "")
+            + (SHARPNESS if any(map(_sharpness_of, study.results)) else "")
         ],
         folded={"Each final run": _runs_table(study)},
     )
     histories = [history for result in study.results for history in result.histories]
     axes = {
-        "tokens": "tokens",
+        "tokens": study.unit,
         "step": "steps",
         "seconds": "seconds of training",
     }
@@ -166,7 +175,8 @@ def _mean(result: Result) -> str:
 def _results_table(study: Study) -> Table:
     head = [
         *("optimizer", f"{study.metric} (95 %)", "deviation", "range"),
-        *("seeds (diverged)", "trials (diverged)", "batch size", "setting", "note"),
+        *("seeds (diverged)", "trials (diverged)", "sharpness (95 %)", "batch size", "setting"),
+        "note",
     ]
     rows = []
     for result in study.results:
@@ -182,6 +192,7 @@ def _results_table(study: Study) -> Table:
                 _range(values) if len(values) > 1 else "",
                 f"{len(result.histories)} ({diverged})",
                 f"{len(trials)} ({bad})" if study.validation == "validation" else "",
+                _sharpness_of(result),
                 f"{result.batch_size:,}",
                 _params(result.params),
                 "; ".join(result.notes),
@@ -190,13 +201,22 @@ def _results_table(study: Study) -> Table:
     return _without_empty(Table(head, rows))
 
 
+def _sharpness_of(result: Result) -> str:
+    """Mean and interval over the seeds; empty where one has none."""
+    values = [history.sharpness for history in result.histories if history.sharpness is not None]
+    if len(values) < len(result.histories):
+        return ""
+    mean, half, _ = over(values)
+    return f"{mean:.4g}" + ("" if half is None else f" ± {half:.2g}")
+
+
 def _range(values: Sequence[float]) -> str:
     highest = max(values)
     return f"{min(values):.2f} to " + (f"{highest:.2f}" if math.isfinite(highest) else "diverged")
 
 
 def _runs_table(study: Study) -> Table:
-    head = ("optimizer", "seed", study.metric, "steps", "tokens", "seconds", "end", "run")
+    head = ("optimizer", "seed", study.metric, "steps", study.unit, "seconds", "end", "run")
     rows = [
         [result.label, str(history.seed), _value(history), *_ends(history), history.name]
         for result in study.results
@@ -262,45 +282,86 @@ def _trials(
     )
 
 
-def _batches(studies: Sequence[Study], look: Mapping[str, Look], folder: Path) -> Iterator[Part]:
-    metrics = dict.fromkeys(study.metric for study in studies)
-    for number, metric in enumerate(metrics, start=1):
+def _scaling(studies: Sequence[Study], look: Mapping[str, Look], folder: Path) -> Iterator[Part]:
+    """Results by batch size, and those of each batch size by the number of steps."""
+    for number, metric in enumerate(dict.fromkeys(study.metric for study in studies), start=1):
         alike = [study for study in studies if study.metric == metric]
-        found = pictures.best_by_batch(alike)
-        if not found:
-            continue
-        rows = [
-            [name, f"{size:,}", _mean(result), _params(result.params)]
-            for name, sizes in found.items()
-            for size, result in sizes.items()
+        yield from _by("batch_size", alike, look, folder, f"batch_size{number}", "")
+        for size in sorted({result.batch_size for study in alike for result in study.results}):
+            same = [study for study in alike if study.results[0].batch_size == size]
+            where = f", batch size {size:,}"
+            yield from _by("steps", same, look, folder, f"steps{number}_{size}", where)
+
+
+def _by(
+    of: str,
+    studies: Sequence[Study],
+    look: Mapping[str, Look],
+    folder: Path,
+    name: str,
+    where: str,
+) -> Iterator[Part]:
+    """A part, where there is an optimizer with results for several values.
+
+    Args:
+        of: whose values: see :func:`alto_ds.report.pictures.best_by`.
+        studies: of one metric.
+        look: of each optimizer.
+        folder: for the picture.
+        name: of the picture.
+        where: end of the title.
+    """
+    found = pictures.best_by(studies, of)
+    if not found:
+        return
+    metric, words = studies[0].metric, BY[of]
+    rows = [
+        [
+            *(optimizer, f"{result.batch_size:,}"),
+            "" if result.steps is None else f"{result.steps:,}",
+            *(_mean(result), _params(result.params)),
         ]
-        yield Part(
-            title=f"{_title('', metric)} by batch size",
-            words=["The best result of each optimizer at each batch size.", *_unlike(alike)],
-            table=Table(("optimizer", "batch size", metric, "setting"), rows),
-            pictures=[
-                pictures.finished(
-                    pictures.draw_batches(alike, look),
-                    folder,
-                    f"batch_size{number}",
-                    f"{metric} of each optimizer against the batch size",
-                )
-            ],
-            after=["Lines at a point are 95 % intervals. × has diverged."],
-        )
+        for optimizer, results in found.items()
+        for result in results.values()
+    ]
+    head = ("optimizer", "batch size", "steps", metric, "setting")
+    yield Part(
+        title=f"{_title('', metric)} by {words}{where}",
+        words=[f"The best result of each optimizer at each {words}.", *_unlike(studies, of)],
+        table=_without_empty(Table(head, rows)),
+        pictures=[
+            pictures.finished(
+                pictures.draw_scaling(studies, of, look),
+                folder,
+                name,
+                f"{metric} of each optimizer against the {words}{where}",
+            )
+        ],
+        after=["Lines at a point are 95 % intervals. × has diverged."],
+    )
 
 
-def _unlike(studies: Sequence[Study]) -> list[str]:
-    """What a reader must know before results of several batch sizes are compared."""
+def _unlike(studies: Sequence[Study], of: str) -> list[str]:
+    """What a reader must know before results of several batch sizes or lengths are compared."""
+    free = {*OF_BATCHES, *(LENGTHS if of == "steps" or _equal_budget(studies) else ())}
     settings = [settings for study in studies for settings in study.settings.values()]
-    rest = [{k: v for k, v in some.items() if k not in OF_BATCHES} for some in settings]
+    rest = [{k: v for k, v in some.items() if k not in free} for some in settings]
     differ = differences([dict(_flat(some)) for some in rest])
-    return [f"The batch size is not all that differs: {', '.join(differ)}."] if differ else []
+    return [f"The {BY[of]} is not all that differs: {', '.join(differ)}."] if differ else []
+
+
+def _equal_budget(studies: Sequence[Study]) -> bool:
+    """Whether all comparisons train on as many examples, rounded to whole steps."""
+    results = [result for study in studies for result in study.results]
+    found = [result.steps * result.batch_size for result in results if result.steps is not None]
+    largest = max(result.batch_size for result in results)
+    return max(found, default=0) - min(found, default=0) < largest
 
 
 def _trust_ratios(studies: Sequence[Study], folder: Path) -> Iterator[Part]:
+    several = len(studies) > 1
     found = [
-        (f"{result.optimizer}, {Path(history.name).name}", history)
+        (f"{study.title}: " * several + f"{result.label}, seed {history.seed}", history)
         for study in studies
         for result in study.results
         for history in result.histories
@@ -309,7 +370,10 @@ def _trust_ratios(studies: Sequence[Study], folder: Path) -> Iterator[Part]:
     if found:
         yield Part(
             title="Trust ratios of the layers",
-            words=["‖weights‖ / ‖update‖ by which a layer's update was scaled, at evaluations."],
+            words=[
+                "‖weights‖ / ‖update‖ by which a layer's update was scaled: at evaluations, of a "
+                "comparison at some steps of each optimizer's first final run."
+            ],
             pictures=[
                 pictures.finished(
                     pictures.draw_trust_ratios(title, history.trust_ratios),

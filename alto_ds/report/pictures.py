@@ -159,7 +159,7 @@ def draw_results(study: Study, look: Mapping[str, Look]) -> Figure:
     axis.set_xlabel(study.metric)
     if shown:
         low, high = min(shown), max(shown)
-        if high > 4 * low:
+        if high > 4 * low > 0:
             _log(axis, low, high)
         else:
             room = 0.04 * (high - low) + 1e-9
@@ -197,7 +197,8 @@ def draw_curves(study: Study, against: str, unit: str, look: Mapping[str, Look])
                 crosses.append((x[-1], y[-1], color))
         if last:
             ends.append((*max(last), result.label, look[result.label]))
-    axis.set(xlabel=unit, ylabel="loss (nats per token)")
+    per = " per token" if study.unit == "tokens" else ""
+    axis.set(xlabel=unit, ylabel=f"loss (nats{per})")
     axis.grid(axis="y", visible=True)
     if ends:
         bottom, top = min(lowest), max(highest)
@@ -243,11 +244,18 @@ def draw_trials(
     return figure
 
 
-def draw_batches(studies: Sequence[Study], look: Mapping[str, Look]) -> Figure:
-    """The best result of each optimizer for each batch size."""
+def draw_scaling(studies: Sequence[Study], of: str, look: Mapping[str, Look]) -> Figure:
+    """The best result of each optimizer for each batch size, or number of steps.
+
+    Args:
+        studies: of one metric.
+        of: see :func:`best_by`.
+        look: of each optimizer.
+    """
     figure, axis = pyplot.subplots(figsize=(4.6, 3.3), layout="constrained")
     ends = []
-    for optimizer, best in best_by_batch(studies).items():
+    found = best_by(studies, of)
+    for optimizer, best in found.items():
         color, dashes, marker = look[optimizer]
         x = [size for size, result in best.items() if math.isfinite(result.mean)]
         y = [best[size].mean for size in x]
@@ -257,25 +265,34 @@ def draw_batches(studies: Sequence[Study], look: Mapping[str, Look]) -> Figure:
         ends += [(x[-1], y[-1], optimizer, look[optimizer])] if x else []
         for size in best.keys() - {*x}:
             axis.plot(size, 0.97, "x", color=color, transform=axis.get_xaxis_transform())
-    sizes = sorted({size for best in best_by_batch(studies).values() for size in best})
+    sizes = sorted({size for best in found.values() for size in best})
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.set(xlabel="batch size (sequences)", ylabel=studies[0].metric)
+    examples = "sequences" if studies[0].unit == "tokens" else "examples"
+    label = f"batch size ({examples})" if of == "batch_size" else of
+    axis.set(xlabel=label, ylabel=studies[0].metric)
     axis.grid(axis="y", visible=True)
     if ends:
         _label_ends(axis, ends)
     return figure
 
 
-def best_by_batch(studies: Sequence[Study]) -> dict[str, dict[int, Result]]:
-    """The best result for each batch size, smallest first, of optimizers that have several."""
+def best_by(studies: Sequence[Study], of: str) -> dict[str, dict[int, Result]]:
+    """The best result for each value, smallest first, of optimizers that have several values.
+
+    Args:
+        studies: of one metric.
+        of: whose values: ``batch_size`` or ``steps`` of :class:`~alto_ds.report.reading.Result`.
+    """
     found: dict[str, dict[int, Result]] = {}
     for result in (result for study in studies for result in study.results):
-        sizes = found.setdefault(result.optimizer, {})
-        other = sizes.get(result.batch_size)
+        sizes, size = found.setdefault(result.optimizer, {}), getattr(result, of)
+        if size is None:
+            continue
+        other = sizes.get(size)
         if other is None or result.mean < other.mean:
-            sizes[result.batch_size] = result
+            sizes[size] = result
     return {name: dict(sorted(sizes.items())) for name, sizes in found.items() if len(sizes) > 1}
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from alto_ds.compare.files import curve_file
+from alto_ds.compare.files import curve_file, ratios_file
 from alto_ds.compare.tables import over
-from alto_ds.pretrain.identity import FILE
-from alto_ds.pretrain.metrics import read_metrics
+from alto_ds.pretrain.identity import FILE, VERSIONS
+from alto_ds.pretrain.metrics import DIVERGED, read_metrics
 
 Kind = TypeVar("Kind")
 
@@ -32,9 +32,9 @@ class Point:
 
     Attributes:
         step: optimizer steps done.
-        tokens: that were trained on.
+        tokens: that were trained on; examples where these are not made of tokens.
         seconds: of training, without evaluation.
-        loss: nats per token.
+        loss: in nats, per token where there are tokens.
     """
 
     step: float
@@ -56,6 +56,7 @@ class History:
             the run was never evaluated.
         diverged: why, and at which step; None where it has not.
         trust_ratios: of the layers by their names, for each step that has some.
+        sharpness: which a comparison has measured at the end; None where it has not.
     """
 
     name: str
@@ -65,6 +66,7 @@ class History:
     value: float | None
     diverged: str | None
     trust_ratios: Mapping[int, Mapping[str, float]]
+    sharpness: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,8 @@ class Result:
     Attributes:
         optimizer: which has one colour on the whole page.
         label: unlike those of the study's other results.
-        batch_size: sequences of a step.
+        batch_size: sequences, or other examples, of a step.
+        steps: of a whole run of a comparison; None for runs of the main job.
         params: settings of the optimizer.
         mean: of the metric over the seeds; infinite where one has diverged.
         interval: half the width of the mean's 95 % interval, Student's t; None for one seed.
@@ -86,6 +89,7 @@ class Result:
     optimizer: str
     label: str
     batch_size: int
+    steps: int | None
     params: Mapping[str, Any]
     mean: float
     interval: float | None
@@ -102,7 +106,7 @@ class Trial:
         optimizer: as in the results.
         lr: the highest learning rate.
         params: settings of the optimizer.
-        loss: of validation or held-out text in nats per token; infinite where the run has diverged.
+        loss: of validation or held-out data, as a point's; infinite where the run has diverged.
         diverged: why, and at which step; None where it has not.
         chosen: whether the final runs have its setting.
     """
@@ -122,7 +126,8 @@ class Study:
     Attributes:
         title: of its part of the page.
         metric: by which the results are ordered, such as "test perplexity"; less is better.
-        validation: text of the trials' losses: "validation" or "held-out".
+        unit: what a batch is made of in the end: "tokens", or "examples" such as images.
+        validation: data of the trials' losses: "validation" or "held-out".
         optimizers: in the order of their colours.
         results: the best first.
         trials: in the order of their runs.
@@ -132,6 +137,7 @@ class Study:
 
     title: str
     metric: str
+    unit: str
     validation: str
     optimizers: Sequence[str]
     results: Sequence[Result]
@@ -186,6 +192,7 @@ def _comparison(folder: Path) -> Study:
     return Study(
         title=folder.resolve().name,
         metric=metric.replace("_", " "),
+        unit="tokens" if spec["task"]["type"] == "text" else "examples",
         validation="validation",
         optimizers=[*spec["optimizers"]],
         results=results,
@@ -220,6 +227,7 @@ def _result(
         optimizer=name,
         label=name,
         batch_size=batch_size,
+        steps=max(int(run["steps"]) for run in runs),  # others have diverged
         params=json.loads(row["params"]),
         mean=float(row[metric]),
         interval=_number(row["interval_95"]),
@@ -235,12 +243,23 @@ def _result(
                 held_out=[],
                 value=float(run[metric]),
                 diverged=run["why"] or None,
-                trust_ratios={},
+                # Those of other seeds look alike.
+                trust_ratios=_ratios(folder, run["run"]) if run is finals[0] else {},
+                sharpness=_number(run.get("sharpness", "")),
             )
             for run in finals
         ],
         notes=[row["edges"]] if row["edges"] else [],
     )
+
+
+def _ratios(folder: Path, key: str) -> dict[int, dict[str, float]]:
+    """None of optimizers without trust ratios, or of runs that an earlier version has done."""
+    path = ratios_file(folder, key)
+    found: dict[int, dict[str, float]] = {}
+    for row in _rows(path) if path.exists() else []:
+        found.setdefault(int(row["step"]), {})[row["layer"]] = float(row["ratio"])
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,10 +268,10 @@ class _Run:
 
     Attributes:
         folder: of the run.
-        identity: what its ``run.json`` says.
+        identity: what its ``run.json`` says, and "versions" of what has trained it.
         optimizer: its type, of E the base, too.
         setting: all that is the same for runs that differ by seed.
-        lr: the highest learning rate so far.
+        lr: the highest learning rate so far; of a diverged run at least the one that was set.
         history: how it went.
         notes: what could not be read.
     """
@@ -271,22 +290,30 @@ def _run(folder: Path) -> _Run:
     optimizer = identity["optimizer"]
     base = optimizer["params"].get("optimizer")
     rows = read_metrics(folder / METRICS)
-    if not rows:
+    end = _object(folder / DIVERGED) if (folder / DIVERGED).is_file() else None
+    if not (rows or end):
         raise ValueError(f"{METRICS} has no step, so there is nothing to show yet")
     lost = sum(map(bool, (folder / METRICS).read_bytes().split(b"\n"))) - len(rows)
     setting = {key: value for key, value in identity.items() if key not in OF_SEEDS}
+    if (folder / VERSIONS).is_file():
+        identity["versions"] = _object(folder / VERSIONS)
+    rates = [row["lr"] for row in rows]
+    if end and "lr" in optimizer["params"]:
+        rates.append(optimizer["params"]["lr"])  # which it may not have reached
     return _Run(
         folder=folder,
         identity=identity,
         optimizer=f"{optimizer['type']} over {base}" if base else optimizer["type"],
         setting=json.dumps(setting, sort_keys=True),
-        lr=max(row["lr"] for row in rows),
-        history=_history(str(folder), identity["seed"], rows),
+        lr=max(rates, default=0.0),
+        history=_history(str(folder), identity["seed"], rows, end),
         notes=[f"{lost} lines of {folder / METRICS} cannot be read: left out."] if lost else [],
     )
 
 
-def _history(name: str, seed: int, rows: Sequence[Mapping[str, Any]]) -> History:
+def _history(
+    name: str, seed: int, rows: Sequence[Mapping[str, Any]], end: Mapping[str, Any] | None
+) -> History:
     training: list[Point] = []
     held_out: list[Point] = []
     diverged, value = None, None
@@ -301,6 +328,8 @@ def _history(name: str, seed: int, rows: Sequence[Mapping[str, Any]]) -> History
             finite = math.isfinite(loss)
             diverged = None if finite else f"step {row['step']}: held-out loss {loss}"
             held_out += [Point(**here, loss=loss)] if finite else []
+    if end is not None:
+        value, diverged = math.inf, _why(end)
     return History(
         name=name,
         seed=seed,
@@ -310,6 +339,12 @@ def _history(name: str, seed: int, rows: Sequence[Mapping[str, Any]]) -> History
         diverged=diverged,
         trust_ratios={row["step"]: row["trust_ratios"] for row in rows if row.get("trust_ratios")},
     )
+
+
+def _why(end: Mapping[str, Any]) -> str:
+    """Such as "step 5: the loss is nan", of what the main job says when it ends."""
+    step, first = f"step {end['step']}: ", end["why"].split(". ")[0].rstrip(".")
+    return step + (first.partition(step)[2] or first)  # which mostly names the step itself
 
 
 def _of_runs(runs: Sequence[_Run]) -> Study:
@@ -333,7 +368,7 @@ def _of_runs(runs: Sequence[_Run]) -> Study:
             chosen=False,
         )
         for run in runs
-        if run.history.value is not None
+        if run.history.value is not None and run.lr > 0
     ]
     free = (*OF_SEEDS, *COMPARED)
     differ = differences([{k: v for k, v in run.identity.items() if k not in free} for run in runs])
@@ -343,6 +378,7 @@ def _of_runs(runs: Sequence[_Run]) -> Study:
     return Study(
         title="Runs",
         metric="held-out perplexity",
+        unit="tokens",
         validation="held-out",
         optimizers=[*dict.fromkeys(names)],
         results=sorted(results, key=lambda result: result.mean),
@@ -366,6 +402,7 @@ def _summary(runs: Sequence[_Run], label: str) -> Result:
         optimizer=runs[0].optimizer,
         label=label,
         batch_size=runs[0].identity["train_batch_size"],
+        steps=None,
         params=runs[0].identity["optimizer"]["params"],
         **over(values)._asdict(),
         histories=histories,

@@ -92,12 +92,7 @@ def measure(run: Path, sequences: int, seed: int = 0) -> Sharpness:
     def mean_loss() -> float:
         return sum(part.item() for part in parts())
 
-    start = torch.randn(sum(param.numel() for param in params), generator=generator)
-    # Other kernels of attention have no second derivative.
-    with sdpa_kernel(SDPBackend.MATH):
-        found = largest_eigenvalue(
-            lambda vector: hessian_product(parts, params, vector), start.to(model.device)
-        )
+    found = largest_of_hessian(parts, params, generator)
     return Sharpness(
         source=trained.source,
         sequences=len(tokens),
@@ -109,6 +104,24 @@ def measure(run: Path, sequences: int, seed: int = 0) -> Sharpness:
             for _ in range(DIRECTIONS)
         ],
     )
+
+
+def largest_of_hessian(
+    parts: Parts, params: Sequence[nn.Parameter], generator: torch.Generator
+) -> Eigenvalue:
+    """The largest eigenvalue of a loss's Hessian.
+
+    Args:
+        parts: of the loss, which must be the same at each call: of a model in evaluation mode.
+        params: by which the loss is differentiated twice.
+        generator: of the first vector, on the CPU.
+    """
+    start = torch.randn(sum(param.numel() for param in params), generator=generator)
+    # Other kernels of attention have no second derivative, and neither have compiled models.
+    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        return largest_eigenvalue(
+            lambda vector: hessian_product(parts, params, vector), start.to(params[0].device)
+        )
 
 
 def hessian_product(parts: Parts, params: Sequence[nn.Parameter], vector: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from alto_ds.compare.search import edges, make_search
 from alto_ds.compare.spec import Entry, Range, SearchSettings, Spec, read_spec
 from alto_ds.compare.study import check_optimizers, compare
 from alto_ds.compare.tables import t_quantile
-from alto_ds.compare.text import TextTask
+from alto_ds.compare.tasks import make_task
 from alto_ds.pretrain.metrics import read_metrics
 from alto_ds.pretrain.model import GPT2LMHeadModel
 from tests.launcher import ROOT, settings
@@ -272,7 +272,7 @@ def test_a_final_run_is_the_main_jobs_run(straight: Path, folder: Path) -> None:
         losses = [float(found["loss"]) for found in csv.DictReader(file)]
     assert len(losses) == SPEC["steps"]
     assert losses == pytest.approx(of_main, rel=1e-6)
-    task = TextTask(read_spec(write(folder, SPEC)).task, straight / "data")
+    task = make_task(read_spec(write(folder, SPEC)).task, straight / "data")
     model = GPT2LMHeadModel.from_pretrained(folder / "main/model")
     found = task.evaluate(model, "test", SPEC["micro_batch_size"])
     assert found["loss"] == pytest.approx(float(row["test_loss"]), rel=1e-6)

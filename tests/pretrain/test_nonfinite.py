@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,13 @@ def spoiled(
     assert not (folder / "output/model").exists()
     names = sorted(path.name for path in saved.glob("*step*"))
     assert names[-1] == (saved / "latest").read_text()
-    return printed, names, len(read_metrics(folder / "output/metrics.jsonl"))
+    steps = len(read_metrics(folder / "output/metrics.jsonl"))
+    mark = json.loads((folder / "output/diverged.json").read_text())
+    assert mark["step"] == steps + 1
+    assert mark["why"] in printed
+    versions = json.loads((folder / "output/versions.json").read_text())
+    assert versions["torch"] == metadata.version("torch")
+    return printed, names, steps
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_ends_all(tmp_path: Path, forks: Forks) -> None:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from alto_ds.compare.files import curve_file
+from alto_ds.compare.files import curve_file, ratios_file
 from alto_ds.compare.spec import Entry, SearchSettings, Spec, TextSettings
 from alto_ds.compare.tables import summary, write_runs, write_table
 from alto_ds.pretrain.held_out import write_held_out
@@ -24,12 +24,20 @@ WHY = "step 7: loss nan, gradient norm nan"
 LAYERS = [f"transformer.h.{block}.attn.c_attn.weight" for block in range(3)]
 
 
-def write_comparison(folder: Path, optimizers: Sequence[str], batch_size: int = 8) -> Path:
+def write_comparison(
+    folder: Path,
+    optimizers: Sequence[str],
+    batch_size: int = 8,
+    steps: int = STEPS,
+    metric: str = "perplexity",
+) -> Path:
     """A finished comparison with three rates and two seeds; of ``SGD`` runs have diverged.
 
-    Every number differs from every other one, and from one batch size to another.
+    Every number differs from every other one, and from one batch size or length to another.
+    With another metric it is one of image classification. ``ALTO`` has trust ratios, and a
+    sharpness of 10 times the seed.
     """
-    for name in ("curves", "runs"):
+    for name in ("curves", "runs", "ratios"):
         (folder / name).mkdir(parents=True)
     rates = [1e-3, 1e-2, 1e-1]
     spec = Spec(
@@ -41,46 +49,78 @@ def write_comparison(folder: Path, optimizers: Sequence[str], batch_size: int = 
         search=SearchSettings(method="grid", trials=3),
         seeds=[1, 2],
         batch_size=batch_size,
-        steps=STEPS,
+        steps=steps,
     )
     versions = {"versions": {"torch": "1.2.3"}}
-    (folder / "spec.json").write_text(json.dumps(dataclasses.asdict(spec) | versions))
+    about = dataclasses.asdict(spec) | versions
+    if metric != "perplexity":
+        about["task"] = {"type": "vision", "dataset": "digits"}
+    (folder / "spec.json").write_text(json.dumps(about))
     runs, rows = [], []
     for place, name in enumerate(optimizers, start=1):
-        level = place + 1 / batch_size
+        level = place + 1 / batch_size + 1 / steps
         trials = [
-            _run(folder, name, rate, 0, level + number / 7, name == "SGD" and number == 2)
+            _run(
+                folder,
+                name,
+                rate,
+                0,
+                level + number / 7,
+                name == "SGD" and number == 2,
+                steps,
+                metric,
+            )
             | {"trial": number}
             for number, rate in enumerate(rates)
         ]
         finals = [
-            _run(folder, name, rates[0], seed, level + seed / 9, name == "SGD" and seed == 2)
+            _run(
+                folder,
+                name,
+                rates[0],
+                seed,
+                level + seed / 9,
+                name == "SGD" and seed == 2,
+                steps,
+                metric,
+            )
             for seed in spec.seeds
         ]
         edges = ["lr=0.001 at the low end"]
-        rows.append(summary(trials, trials[0], finals, edges, "perplexity"))
+        rows.append(summary(trials, trials[0], finals, edges, metric))
         runs += [*trials, *finals]
     write_runs(folder, runs)
-    write_table(folder, rows, "perplexity")
+    write_table(folder, rows, metric)
     return folder
 
 
 def _run(
-    folder: Path, optimizer: str, lr: float, seed: int, loss: float, diverged: bool
+    folder: Path,
+    optimizer: str,
+    lr: float,
+    seed: int,
+    loss: float,
+    diverged: bool,
+    steps: int,
+    metric: str,
 ) -> dict[str, Any]:
     key = f"{optimizer}-{lr}-{seed}".replace(" ", "_")
-    steps = 6 if diverged else STEPS
+    steps = 6 if diverged else steps
     curve = [
         f"{s},{s * 256},{s / 10},{loss + 3 * math.exp(-s / 20)!r}" for s in range(1, steps + 1)
     ]
     curve_file(folder, key).write_text("\n".join(["step,tokens,seconds,loss", *curve, ""]))
-    metrics = {"loss": loss, "perplexity": math.exp(loss)}
+    if optimizer == "ALTO" and seed:
+        ratios = [f"{s},{layer},{s * seed}" for s in (steps // 2, steps) for layer in LAYERS]
+        ratios_file(folder, key).write_text("\n".join(["step,layer,ratio", *ratios, ""]))
+    metrics = {"loss": loss, metric: math.exp(loss)}
     return {
         **{"optimizer": optimizer, "type": "AdamW", "params": {"weight_decay": 0.1, "lr": lr}},
         **{"stage": "final" if seed else "search", "seed": seed, "device": "cpu"},
         **{"diverged": WHY if diverged else None, "steps": steps, "seconds": steps / 10},
         "validation": None if diverged else metrics,
         "test": metrics if seed and not diverged else None,
+        **({"sharpness": 10.0 * seed} if optimizer == "ALTO" and seed else {}),
         **{"run": key, "trial": None},
     }
 
@@ -103,6 +143,7 @@ def write_run(
         "data": f"of seed {seed}",
     } | identity
     (folder / "run.json").write_text(json.dumps(settings))
+    (folder / "versions.json").write_text(json.dumps({"torch": "4.5.6"}))
     rows = []
     for step in range(1, STEPS + 1):
         now = loss + 3 * math.exp(-step / 20)

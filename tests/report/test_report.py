@@ -13,6 +13,8 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +22,10 @@ from typing import Any
 
 import pytest
 
+from alto_ds.pretrain.metrics import Metrics, read_metrics
 from alto_ds.report import __main__ as report
-from alto_ds.report.pictures import looks, spread
+from alto_ds.report.page import _unlike
+from alto_ds.report.pictures import draw_results, looks, spread
 from alto_ds.report.reading import read_studies
 from tests import in_process
 from tests.report.folders import (
@@ -109,6 +113,8 @@ def test_numbers_on_the_page_are_those_of_the_files(
         assert row["setting"] == "weight_decay 0.1, lr 0.001"
         assert row["seeds (diverged)"] == f"{line['seeds']} ({line['diverged_final']})"
         assert row["trials (diverged)"] == f"{line['trials']} ({line['diverged_search']})"
+        # Half of the interval of two seeds is 12.7 · 7.07 / √2.
+        assert row["sharpness (95 %)"] == ("15 ± 64" if line["optimizer"] == "ALTO" else "")
         if line["optimizer"] != "SGD":
             mean, half = float(line["test_perplexity"]), float(line["interval_95"])
             assert row["test perplexity (95 %)"] == f"{mean:.2f} ± {half:.2f}"
@@ -136,7 +142,13 @@ def test_numbers_on_the_page_are_those_of_the_files(
     assert settings["versions.torch"] == "1.2.3"
     pictures = {path.stem for path in tmp_path.glob("*.png")}
     curves = {f"loss1_{name}" for name in ("tokens", "step", "seconds")}
-    assert pictures == {"results1", *curves, "rates1_1", "rates1_2", "rates1_3"}
+    rates = {f"rates1_{place}" for place in (1, 2, 3)}
+    assert pictures == {"results1", *curves, *rates, "trust_ratios1"}
+    assert ">ALTO, seed 1</text>" in page.text
+    (study,) = read_studies([comparison])
+    (maps,) = [h.trust_ratios for r in study.results for h in r.histories if h.trust_ratios]
+    of_first_seed = {step: dict.fromkeys(LAYERS, float(step)) for step in (STEPS // 2, STEPS)}
+    assert maps == of_first_seed
     assert page.text.count("<svg") == len(pictures)
 
 
@@ -157,21 +169,54 @@ def test_a_diverged_run_is_shown(
     assert diverged == {"SGD-0.001-2": 6}  # steps with a finite loss
 
 
-def test_a_run_whose_held_out_loss_is_not_finite_is_shown_as_diverged(
+def test_a_run_whose_loss_was_not_finite_is_shown_as_diverged(
     tmp_path: Path, call: Callable[..., SimpleNamespace]
 ) -> None:
-    folders = [write_run(tmp_path / f"lion{seed}", seed, "Lion") for seed in (1, 2)]
+    folders = [write_run(tmp_path / f"lion{seed}", seed, "Lion") for seed in (1, 2, 3, 4)]
     metrics = folders[1] / "metrics.jsonl"
     *first, last = metrics.read_text().splitlines()
     row = json.loads(last) | {"val_loss": math.nan, "val_ppl": math.inf}
     metrics.write_text("\n".join([*first, json.dumps(row), ""]))
+    for folder, done, why in (
+        (folders[2], 40, "ALTO: step 41: wte.weight has numbers that are not finite. Start again."),
+        (folders[3], 0, "step 1: the loss is nan."),
+    ):
+        (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in first[:done]))
+        (folder / "diverged.json").write_text(json.dumps({"step": done + 1, "why": why}))
     call(*folders, "--output_dir", tmp_path)
     page = Page(tmp_path / "index.html")
     (lion,) = page.rows("held-out perplexity (95 %)")
-    assert (lion["held-out perplexity (95 %)"], lion["seeds (diverged)"]) == ("diverged", "2 (1)")
-    ends = {row["seed"]: row["end"] for row in page.rows("seed", "tokens")}
-    assert ends == {"1": "finite", "2": f"diverged at step {STEPS}: held-out loss nan"}
-    assert ">1 of 2 diverged</text>" in page.text
+    assert (lion["held-out perplexity (95 %)"], lion["seeds (diverged)"]) == ("diverged", "4 (3)")
+    assert "note" not in lion  # such as that runs have not reached their last step
+    ends = {row["seed"]: (row["end"], row["steps"]) for row in page.rows("seed", "tokens")}
+    assert ends == {
+        "1": ("finite", "60"),
+        "2": (f"diverged at step {STEPS}: held-out loss nan", "60"),
+        "3": ("diverged at step 41: wte.weight has numbers that are not finite", "40"),
+        "4": ("diverged at step 1: the loss is nan", "0"),
+    }
+    assert ">3 of 4 diverged</text>" in page.text
+    (study,) = read_studies(folders)
+    assert {trial.lr for trial in study.trials} == {0.01}
+
+
+def test_the_mark_of_a_run_that_was_not_finite_is_no_step_and_goes_when_it_is_resumed(
+    tmp_path: Path,
+) -> None:
+    row = {"loss": 1.0, "ppl": 2.7, "lr": 0.1}
+    with closing(Metrics(tmp_path, 0, 9, active=True)) as metrics:
+        for step in (1, 2, 3):
+            metrics.step({"step": step} | row)
+        metrics.diverged("step 4: the loss is nan.")
+    mark = tmp_path / "diverged.json"
+    assert json.loads(mark.read_text()) == {"step": 4, "why": "step 4: the loss is nan."}
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    Metrics(tmp_path, 2, 9, active=False).diverged("of another rank")
+    assert json.loads(mark.read_text())["step"] == 4
+    with closing(Metrics(tmp_path, 2, 9, active=True)) as metrics:
+        assert not mark.exists()
+        metrics.diverged("step 3: the loss is nan.")
+    assert json.loads(mark.read_text())["step"] == 3
 
 
 def test_seeds_of_a_run_are_one_result_with_an_interval_by_student(
@@ -183,6 +228,7 @@ def test_seeds_of_a_run_are_one_result_with_an_interval_by_student(
     unfinished = write_run(tmp_path / "lion", 1, "Lion", loss=5.0)
     lines = (unfinished / "metrics.jsonl").read_text().splitlines(keepends=True)
     (unfinished / "metrics.jsonl").write_text("".join(["{broken\n", *lines[1:40]]))
+    (unfinished / "versions.json").write_text('{"torch": "5.0"}')
     output = tmp_path / "page"
     assert call(*folders, unfinished, "--output_dir", output).status == 0
     page = Page(output / "index.html")
@@ -197,7 +243,9 @@ def test_seeds_of_a_run_are_one_result_with_an_interval_by_student(
     assert rows["AdamW"]["held-out perplexity (95 %)"] == f"{math.exp(4.5 + at_end):.2f}"
     assert rows["Lion"]["note"] == "lion at step 30 of 60, its last evaluation"
     text = html.unescape(page.text)
-    assert "The runs differ in more than the optimizer: train_batch_size." in text
+    assert "The runs differ in more than the optimizer: train_batch_size, versions." in text
+    assert text.count("<tr><td>versions.torch</td><td>4.5.6</td></tr>") == len(folders)
+    assert text.count("<tr><td>versions.torch</td><td>5.0</td></tr>") == 1
     assert f"1 lines of {unfinished / 'metrics.jsonl'} cannot be read: left out." in text
     (alto, *_) = [row for row in page.rows("seed", "tokens") if row["run"] == str(folders[1])]
     assert (alto["tokens"], alto["seconds"]) == ("15,360", "30.0")  # of 512 tokens a second
@@ -233,6 +281,57 @@ def test_several_batch_sizes_are_beside_each_other(
     page = Page(tmp_path / "page" / "index.html")
     assert "The batch size is not all that differs: steps." in page.text
     assert page.rows("batch size", "test perplexity", "setting")[0] == rows[0]
+
+
+def test_a_page_of_image_classification_speaks_of_its_metric_and_of_examples(
+    tmp_path: Path, call: Callable[..., SimpleNamespace]
+) -> None:
+    """Of two lengths, so that the picture by the number of steps is there, too."""
+    lengths = [60, 20]
+    folders = [
+        write_comparison(tmp_path / f"of {steps}", ["ALTO"], steps=steps, metric="error")
+        for steps in lengths
+    ]
+    call(*folders, "--output_dir", tmp_path / "page")
+    page = Page(tmp_path / "page" / "index.html")
+    shown = page.text.partition("<body>")[2].partition("Settings and versions")[0]
+    words = re.sub(r"<[^>]*>", " ", shown) + " ".join(re.findall('aria-label="[^"]*"', shown))
+    for wrong in ("perplexity", "token", "sequence", "text"):
+        assert wrong not in words.lower()
+    assert ">loss (nats)</text>" in shown
+    assert ">examples</text>" in shown
+    assert "<h2>Test error by number of steps, batch size 8</h2>" in shown
+    assert "by batch size" not in shown
+    assert "not all that differs" not in shown
+    assert (tmp_path / "page" / "steps1_8.png").exists()
+    for row, steps in zip(page.rows("steps", "test error", "setting"), (20, 60), strict=True):
+        with (tmp_path / f"of {steps}" / "table.csv").open() as file:
+            (line,) = csv.DictReader(file)
+        mean, half = float(line["test_error"]), float(line["interval_95"])
+        assert (row["steps"], row["test error"]) == (str(steps), f"{mean:.2f} ± {half:.2f}")
+
+
+@pytest.mark.parametrize(("steps", "says"), [(30, []), (31, ["steps"])])
+def test_as_many_examples_in_steps_of_another_batch_size_are_no_difference(
+    steps: int, says: list[str], tmp_path: Path
+) -> None:
+    sizes = {8: 60, 16: steps}
+    studies = read_studies(
+        [write_comparison(tmp_path / f"{size}", ["ALTO"], size, n) for size, n in sizes.items()]
+    )
+    found = [f"The batch size is not all that differs: {', '.join(says)}."] if says else []
+    assert _unlike(studies, "batch_size") == found
+
+
+def test_a_metric_of_0_has_a_picture(tmp_path: Path) -> None:
+    (study,) = read_studies([write_comparison(tmp_path / "study", ["ALTO"], metric="error")])
+    (result,) = study.results
+    best = replace(result.histories[0], value=0.0)
+    result = replace(result, histories=[best, *result.histories[1:]], mean=1.0, interval=1.0)
+    study = replace(study, results=[result])
+    (axis,) = draw_results(study, looks([study])).axes
+    assert axis.get_xscale() == "linear"
+    assert axis.get_xlim()[0] < 0
 
 
 def test_sharpness_is_measured_where_it_is_asked_for(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from alto_ds.compare.run import Conditions, Run, finish, sharpness
+from alto_ds.compare.spec import Entry, SearchSettings, Spec, VisionSettings
+from alto_ds.compare.vision import VisionTask
 from alto_ds.report.sharpness import (
     DISTANCES,
     filter_normalised,
@@ -93,6 +97,58 @@ def test_a_runs_sharpness_is_that_of_its_models_whole_hessian(tmp_path: Path) ->
     with torch.no_grad():
         spread = model(tokens[::5], labels=tokens[::5]).loss.item()
     assert (few.sequences, few.loss) == (4, pytest.approx(spread, rel=1e-6))
+
+
+class At(nn.Module):
+    """A model at other weights, which are no parameters."""
+
+    def __init__(self, model: nn.Module, flat: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        named = dict(model.named_parameters())
+        parts = flat.split([param.numel() for param in named.values()])
+        self.at = {n: part.view_as(p) for (n, p), part in zip(named.items(), parts, strict=True)}
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return functional_call(self.model, self.at, (pixels,))
+
+
+def test_a_final_run_measures_sharpness_on_its_first_training_examples(tmp_path: Path) -> None:
+    digits = VisionSettings(type="vision", dataset="digits", hidden=[4])
+    spec = Spec(
+        task=digits,
+        optimizers={"SGD": Entry(type="SGD", params={"lr": 0.1})},
+        search=SearchSettings(method="random", trials=1),
+        seeds=[1],
+        batch_size=32,
+        micro_batch_size=16,
+        steps=3,
+        sharpness=24,
+    )
+    task = VisionTask(digits)
+    model = task.model(1)
+    batch = next(task.batches(1, 24, 24))
+    flat = torch.cat([param.detach().flatten() for param in model.parameters()])
+    exact = torch.autograd.functional.hessian(lambda w: task.loss(At(model, w), batch), flat)
+    found = sharpness(task, model, 1, spec)
+    assert found.value == pytest.approx(torch.linalg.eigvalsh(exact)[-1].item(), rel=1e-3)
+    assert found.products > 1
+
+    for name in ("runs", "curves", "ratios"):
+        (tmp_path / name).mkdir()
+    conditions = Conditions(fingerprint="", device="cpu", versions={})
+    for stage, measured in (("search", False), ("final", True)):
+        run = Run(
+            optimizer="SGD",
+            type="SGD",
+            params={"lr": 0.1},
+            stage=stage,
+            seed=1,
+            conditions=conditions,
+        )
+        assert ("sharpness" in finish(run, spec, tmp_path)) == measured
+        # What was done without it is done again, and nothing else.
+        assert (run.key(spec) != run.key(replace(spec, sharpness=0))) == measured
 
 
 def test_each_filter_of_a_direction_is_as_long_as_the_models() -> None:
