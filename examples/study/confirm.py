@@ -78,6 +78,7 @@ def train(
         "tokenizer": (comparison / "data/tokenizer").resolve(),
     }
     words = [word for k, v in given.items() if v is not None for word in (f"--{k}", str(v))]
+    words.append("--no-compile")  # which would take longer than such a short run
     command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", str(RANKS)]
     with (output / "log.txt").open("a") as log:
         subprocess.run(
