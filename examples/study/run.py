@@ -44,9 +44,9 @@ def main() -> None:
         for name in PAGES[page]:
             spec = HERE / "specs" / f"{name}.yaml"
             call("alto_ds.compare", spec, "--output_dir", runs / name, folder=given.data)
-        folders = [runs / name for name in PAGES[page]]
-        call("alto_ds.report", *folders, "--output_dir", runs / "pages" / page, folder=given.data)
-        written = (runs / "pages" / page / "index.html").read_bytes()
+        output = Path("pages", page)
+        call("alto_ds.report", *PAGES[page], "--output_dir", output, folder=runs)
+        written = (runs / output / "index.html").read_bytes()
         (results / f"{page}.html").write_bytes(written)
         for kind in ("table", "runs"):
             rows = [row for name in PAGES[page] for row in read(runs / name / f"{kind}.csv", name)]
