@@ -2,7 +2,7 @@
 
 .. code-block:: bash
 
-    python examples/study/confirm.py runs/study/alpha LAMB "ALTO 0.5 0"
+    python examples/study/confirm.py examples/study/specs/alpha.yaml runs/study/alpha LAMB
 
 Each run is ``deepspeed --module alto_ds.pretrain`` on two ranks under ZeRO-1, on the training text
 and tokenizer of the comparison. Its model is evaluated on the comparison's test text. A mean of
@@ -23,7 +23,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alto_ds.compare.spec import TextSettings
+from alto_ds.compare.run import warmup_steps
+from alto_ds.compare.spec import Spec, TextSettings, read_spec
 from alto_ds.compare.tables import t_quantile
 from alto_ds.compare.text import TextTask
 from alto_ds.pretrain.model import GPT2LMHeadModel
@@ -35,14 +36,16 @@ MODEL = ("model", "n_layer", "n_embd", "n_head", "seq_length", "dropout")
 def main() -> None:
     """Run what is not there yet, print a row for each optimizer, exit with 1 where one differs."""
     parser = argparse.ArgumentParser(description="Repeat best settings by the main job.")
+    parser.add_argument("spec", type=Path, help="of the comparison, on text")
     parser.add_argument("comparison", type=Path, help="folder that alto_ds.compare has written")
     parser.add_argument("optimizers", nargs="+", help="ALTO, LAMB or AdamW, by their names in it")
     parser.add_argument("--seeds", nargs="+", type=int, default=[101, 102, 103])
     given = parser.parse_args()
-    spec = json.loads((given.comparison / "spec.json").read_text())
+    spec = read_spec(given.spec)
+    assert isinstance(spec.task, TextSettings)
     with (given.comparison / "runs.csv").open(newline="") as file:
         finals = [row for row in csv.DictReader(file) if row["stage"] == "final"]
-    task = TextTask(TextSettings(**spec["task"]), given.comparison / "data")
+    task = TextTask(spec.task, given.comparison / "data")
     agree = True
     print("| optimizer | table | main job | may differ by | agree |\n|---|---|---|---|---|")
     for name in given.optimizers:
@@ -51,7 +54,7 @@ def main() -> None:
         found = []
         for seed in given.seeds:
             model = train(given.comparison, spec, rows[0], seed)
-            found.append(task.evaluate(model, "test", spec["micro_batch_size"])["perplexity"])
+            found.append(task.evaluate(model, "test", spec.micro)["perplexity"])
         allowed = half_width(expected, found)
         means = statistics.fmean(expected), statistics.fmean(found)
         agrees = abs(means[0] - means[1]) <= allowed
@@ -61,15 +64,13 @@ def main() -> None:
     sys.exit(not agree)
 
 
-def train(
-    comparison: Path, spec: Mapping[str, Any], row: Mapping[str, str], seed: int
-) -> GPT2LMHeadModel:
+def train(comparison: Path, spec: Spec, row: Mapping[str, str], seed: int) -> GPT2LMHeadModel:
     """Train by the main job, where that has not been done, and return the model."""
     output = (comparison / "confirmed" / row["optimizer"].replace(" ", "_") / str(seed)).resolve()
     output.mkdir(parents=True, exist_ok=True)
     config = output / "deepspeed.json"
     config.write_text(json.dumps(deepspeed_config(spec, row["type"], json.loads(row["params"]))))
-    given: dict[str, Any] = {name: spec["task"][name] for name in MODEL}
+    given: dict[str, Any] = {name: getattr(spec.task, name) for name in MODEL}
     given |= {
         "deepspeed_config": config,
         "output_dir": output,
@@ -90,30 +91,25 @@ def train(
     return GPT2LMHeadModel.from_pretrained(output / "model")
 
 
-def deepspeed_config(spec: Mapping[str, Any], kind: str, params: dict[str, Any]) -> dict[str, Any]:
+def deepspeed_config(spec: Spec, kind: str, params: dict[str, Any]) -> dict[str, Any]:
     """The JSON with which the main job trains as the comparison does."""
     if kind == "LAMB":
         kind, params = "ALTO", {**params, "alpha": 0, "betas": [0.99, *params["betas"]]}
     elif kind == "AdamW":
         params = {**params, "torch_adam": True}
-    batch_size = spec["batch_size"]
-    steps = spec["steps"] or spec["tokens"] // (batch_size * spec["task"]["seq_length"])
-    schedule = spec["schedule"]
     return {
-        "train_batch_size": batch_size,
-        "train_micro_batch_size_per_gpu": min(
-            spec["micro_batch_size"], spec["batch_size"] // RANKS
-        ),
+        "train_batch_size": spec.batch_size,
+        "train_micro_batch_size_per_gpu": min(spec.micro, spec.batch_size // RANKS),
         "optimizer": {"type": kind, "params": params},
         "scheduler": {
             "type": "WarmupCosineLR",
             "params": {
-                "total_num_steps": steps,
-                "warmup_num_steps": max(round(schedule["warmup"] * steps), 1),
-                "cos_min_ratio": schedule["floor"],
+                "total_num_steps": spec.total_steps,
+                "warmup_num_steps": warmup_steps(spec),
+                "cos_min_ratio": spec.schedule.floor,
             },
         },
-        "gradient_clipping": spec["gradient_clipping"],
+        "gradient_clipping": spec.gradient_clipping,
         "zero_optimization": {"stage": 1},
     }
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -59,7 +58,7 @@ def main() -> None:
 def call(module: str, *words: str | Path, folder: Path) -> None:
     """Run a command of alto-ds in a folder, and end where it fails."""
     command = [sys.executable, "-m", module, *map(str, words)]
-    subprocess.run(command, cwd=folder, check=True, env=os.environ)
+    subprocess.run(command, cwd=folder, check=True)
 
 
 def read(path: Path, comparison: str) -> Iterable[dict[str, str]]:
