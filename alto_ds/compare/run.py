@@ -22,12 +22,12 @@ from torch.optim import Optimizer
 
 from alto_ds import ALTO
 from alto_ds.compare.files import curve_file, ratios_file, result_file, write_whole
+from alto_ds.compare.hessian import Eigenvalue, largest_of_hessian
 from alto_ds.compare.optimizers import make_optimizers
 from alto_ds.compare.spec import Spec
 from alto_ds.compare.task import Task
 from alto_ds.compare.tasks import make_task
 from alto_ds.pretrain.metrics import scaled_ratios
-from alto_ds.report.sharpness import Eigenvalue, largest_of_hessian
 
 RATIOS = 20  # steps of a final run at which trust ratios are recorded, fewer in a shorter one
 

@@ -6,8 +6,7 @@ mean loss per predicted token, over some of the sequences that the run has held 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -15,32 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.pytorch_utils import Conv1D
 
+from alto_ds.compare.hessian import Eigenvalue, largest_of_hessian
 from alto_ds.pretrain.held_out import FILE, read_held_out
 from alto_ds.pretrain.trained import load_trained
 
 MICRO_BATCH = 8  # sequences at once
 DIRECTIONS = 5
 DISTANCES = tuple(step / 10 for step in range(-10, 11))
-
-# Yields scalars whose sum is the loss; called anew for each pass over the data.
-Parts = Callable[[], Iterable[Tensor]]
-
-
-class Eigenvalue(NamedTuple):
-    """Of a symmetric matrix H.
-
-    Attributes:
-        value: λ = vᵀHv, with ‖v‖ = 1.
-        residual: ‖Hv − λv‖. H has an eigenvalue that is at most this far from λ.
-        products: of H and a vector that were computed.
-    """
-
-    value: float
-    residual: float
-    products: int
 
 
 class Sharpness(NamedTuple):
@@ -106,82 +88,6 @@ def measure(run: Path, sequences: int, seed: int = 0) -> Sharpness:
     )
 
 
-def largest_of_hessian(
-    parts: Parts, params: Sequence[nn.Parameter], generator: torch.Generator
-) -> Eigenvalue:
-    """The largest eigenvalue of a loss's Hessian.
-
-    Args:
-        parts: of the loss, which must be the same at each call: of a model in evaluation mode.
-        params: by which the loss is differentiated twice.
-        generator: of the first vector, on the CPU.
-    """
-    start = torch.randn(sum(param.numel() for param in params), generator=generator)
-    # Other kernels of attention have no second derivative, and neither have compiled models.
-    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
-        return largest_eigenvalue(
-            lambda vector: hessian_product(parts, params, vector), start.to(params[0].device)
-        )
-
-
-def hessian_product(parts: Parts, params: Sequence[nn.Parameter], vector: Tensor) -> Tensor:
-    """The Hessian of a loss, times a vector: the gradient of (gradient · vector).
-
-    Args:
-        parts: of the loss.
-        params: by which the loss is differentiated twice.
-        vector: ``[elements of all params]``.
-
-    Returns:
-        The like.
-    """
-    total = torch.zeros_like(vector)
-    for part in parts():
-        gradient = _flat(
-            torch.autograd.grad(part, params, create_graph=True, materialize_grads=True)
-        )
-        total += _flat(torch.autograd.grad(gradient @ vector, params, materialize_grads=True))
-    return total
-
-
-def largest_eigenvalue(
-    product: Callable[[Tensor], Tensor], start: Tensor, tolerance: float = 1e-2, most: int = 100
-) -> Eigenvalue:
-    """The largest eigenvalue of a symmetric matrix, by power iteration.
-
-    That finds the eigenvalue of the largest magnitude. Where it is a negative one, λ, the
-    iteration is done once more with H − λ, whose eigenvalue of largest magnitude belongs to the
-    largest one of H.
-
-    Args:
-        product: multiplies the matrix with a vector.
-        start: first vector, ``[size]``, which must not be orthogonal to the eigenvector: random.
-        tolerance: the iteration ends where residual ≤ tolerance · \\|λ\\|.
-        most: products of one iteration.
-    """
-    found = _power_iteration(product, start, 0.0, tolerance, most)
-    if found.value >= 0:
-        return found
-    shifted = _power_iteration(product, start, found.value, tolerance, most)
-    return shifted._replace(products=found.products + shifted.products)
-
-
-def _power_iteration(
-    product: Callable[[Tensor], Tensor], start: Tensor, shift: float, tolerance: float, most: int
-) -> Eigenvalue:
-    """An eigenvalue of H: shift, and that of H − shift which has the largest magnitude."""
-    vector = start / start.norm()
-    count, value, residual = 0, 0.0, math.inf
-    while residual > tolerance * abs(value) and count < most:
-        count += 1
-        image = product(vector)
-        value = (vector @ image).item()
-        residual = (image - value * vector).norm().item()
-        image -= shift * vector
-        vector = image / image.norm()
-    return Eigenvalue(value, residual, count)
-
-
 def filter_normalised(model: nn.Module, generator: torch.Generator) -> list[Tensor]:
     """A random direction in which each filter is as long as the model's own.
 
@@ -242,7 +148,3 @@ def _restored(params: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
         finally:
             for param, weight in zip(params, weights, strict=True):
                 param.copy_(weight)
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])

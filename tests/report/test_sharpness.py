@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from alto_ds.compare.hessian import hessian_product, largest_eigenvalue
 from alto_ds.compare.run import Conditions, Run, finish, sharpness
 from alto_ds.compare.spec import Entry, SearchSettings, Spec, VisionSettings
 from alto_ds.compare.vision import VisionTask
 from alto_ds.report.sharpness import (
     DISTANCES,
     filter_normalised,
-    hessian_product,
-    largest_eigenvalue,
     losses_along,
     measure,
 )
