@@ -14,6 +14,7 @@ from alto_ds.pretrain.settings import DataSettings, ModelSettings
 
 METHODS = ("grid", "random", "optuna")
 NAME = re.compile(r"[\w.+() -]+")
+IDLE_STEPS = 2  # DeepSpeed's WarmupCosineLR starts one step late, and its logarithm is 0 then
 DIGITS, MLP = "digits", "mlp"
 # Kind of block, channels and blocks of each stage.
 RESNETS: Mapping[str, tuple[str, Sequence[int], Sequence[int]]] = {
@@ -185,6 +186,8 @@ TASKS = {"text": TextSettings, "vision": VisionSettings}
 class Schedule:
     """Of the learning rate: DeepSpeed's WarmupCosineLR, from 0 and with its logarithmic warm-up.
 
+    It is 0 in the first two steps.
+
     Attributes:
         warmup: fraction of the steps.
         floor: the last learning rate, as a fraction of the highest.
@@ -338,8 +341,12 @@ class Spec:
             )
         if (self.steps is None) == (self.tokens is None):
             raise ValueError("steps or tokens must say how long each run is, one of them")
-        if self.total_steps < 1:
-            raise ValueError(f"tokens={self.tokens} is less than a step's {self._step_tokens}")
+        if self.total_steps <= IDLE_STEPS:
+            length = "steps" if self.tokens is None else "tokens"
+            raise ValueError(
+                f"{length}={getattr(self, length)} makes {self.total_steps} step(s), and the "
+                f"schedule's learning rate is 0 in the first {IDLE_STEPS}; give more"
+            )
         if not (_is_number(self.gradient_clipping) and self.gradient_clipping >= 0):
             raise ValueError(f"gradient_clipping={self.gradient_clipping!r} must be at least 0")
         if not isinstance(self.seeds, list | tuple) or not self.seeds:
