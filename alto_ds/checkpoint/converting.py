@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 from alto_ds.checkpoint.deepspeed_files import MODEL_FILES, OPTIMIZER_FILES, read
 from alto_ds.checkpoint.folders import newest_first
-from alto_ds.checkpoint.manifest import flush
 from alto_ds.checkpoint.ranks import CheckpointError
 from alto_ds.checkpoint.saving import naming, seal
 from alto_ds.checkpoint.shape import Shape, problem_of_count, shape_of_files
 from alto_ds.checkpoint.verifying import problem_of_checkpoint
+from alto_ds.files import flush
 from alto_ds.states import EXP_AVG, EXP_AVG_SQ
 
 ADAM = (EXP_AVG, EXP_AVG_SQ)  # the states that DeepSpeed's converter knows

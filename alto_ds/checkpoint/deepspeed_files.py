@@ -20,8 +20,9 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from alto_ds.checkpoint.manifest import Entry, entry_of, flush
+from alto_ds.checkpoint.manifest import Entry, entry_of
 from alto_ds.checkpoint.ranks import CheckpointError
+from alto_ds.files import flush
 
 # The classes in DeepSpeed's files besides what torch.load(weights_only=True) knows. They are plain
 # data: unpickling sets attributes and calls nothing.

@@ -8,10 +8,11 @@ misses one of 4 billion others. It does not stop who changes the manifest, too.
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from pathlib import Path
 from typing import NamedTuple
+
+from alto_ds.files import write_text
 
 FILE = "manifest.json"
 BLOCK = 1 << 20  # bytes that stay in a core's cache
@@ -44,23 +45,6 @@ def entry_of(path: Path) -> Entry:
         while count := file.readinto(block):
             size, crc32 = size + count, zlib.crc32(block[:count], crc32)
     return Entry(size, crc32)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file and wait until it is on the disk."""
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write(folder: Path, manifest: Manifest) -> None:

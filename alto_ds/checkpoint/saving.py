@@ -27,12 +27,11 @@ from alto_ds.checkpoint.manifest import (
     BrokenManifestError,
     Manifest,
     entry_of,
-    flush,
     has_all_sizes,
-    write_text,
 )
 from alto_ds.checkpoint.ranks import CheckpointError, Ranks
 from alto_ds.checkpoint.verifying import problem_on_ranks
+from alto_ds.files import flush, write_text
 
 WRITING, REMOVING = ".writing-", ".removing-"
 FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -1,20 +1,10 @@
-"""What is in the output folder, and how is a file written so that it is never half there?"""
+"""What is in the output folder?"""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
-
-from alto_ds.checkpoint.manifest import write_text
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file at once: whoever is killed while writing leaves the old one, or none."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    write_text(new, text)
-    new.replace(path)
 
 
 def result_file(folder: Path, key: str) -> Path:

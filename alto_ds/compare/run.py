@@ -21,12 +21,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from alto_ds import ALTO
-from alto_ds.compare.files import curve_file, ratios_file, result_file, write_whole
+from alto_ds.compare.files import curve_file, ratios_file, result_file
 from alto_ds.compare.hessian import Eigenvalue, largest_of_hessian
 from alto_ds.compare.optimizers import make_optimizers
 from alto_ds.compare.spec import Spec
 from alto_ds.compare.task import Task
 from alto_ds.compare.tasks import make_task
+from alto_ds.files import replace_text
 from alto_ds.pretrain.metrics import scaled_ratios
 
 RATIOS = 20  # steps of a final run at which trust ratios are recorded, fewer in a shorter one
@@ -122,10 +123,10 @@ def finish(run: Run, spec: Spec, folder: Path) -> dict[str, Any]:
         diverged, metrics = str(error), {"validation": None, "test": None}
     key, each = run.key(spec), spec.batch_size * task.tokens_per_sequence
     lines = [f"{step},{step * each},{seconds:.4f},{loss!r}" for step, seconds, loss in rows]
-    write_whole(curve_file(folder, key), "\n".join(["step,tokens,seconds,loss", *lines, ""]))
+    replace_text(curve_file(folder, key), "\n".join(["step,tokens,seconds,loss", *lines, ""]))
     if ratios:
         lines = [f"{step},{layer},{ratio!r}" for step, layer, ratio in ratios]
-        write_whole(ratios_file(folder, key), "\n".join(["step,layer,ratio", *lines, ""]))
+        replace_text(ratios_file(folder, key), "\n".join(["step,layer,ratio", *lines, ""]))
     result = {
         "optimizer": run.optimizer,
         "type": run.type,
@@ -141,7 +142,7 @@ def finish(run: Run, spec: Spec, folder: Path) -> dict[str, Any]:
     if spec.sharpness and run.stage == "final" and diverged is None:
         end = sharpness(task, model, run.seed, spec)
         result |= {"sharpness": end.value, "sharpness_residual": end.residual}
-    write_whole(result_file(folder, key), json.dumps(result, indent=1) + "\n")
+    replace_text(result_file(folder, key), json.dumps(result, indent=1) + "\n")
     return result
 
 

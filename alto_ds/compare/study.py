@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from alto_ds.compare.files import read_result, write_whole
+from alto_ds.compare.files import read_result
 from alto_ds.compare.optimizers import make_optimizers
 from alto_ds.compare.run import Conditions, Run, finish
 from alto_ds.compare.search import edges, make_search
@@ -29,6 +29,7 @@ from alto_ds.compare.spec import Entry, Range, Spec
 from alto_ds.compare.tables import summary, write_runs, write_table
 from alto_ds.compare.task import Parameters, Task
 from alto_ds.compare.tasks import make_task, prepare
+from alto_ds.files import replace_text
 
 COMPUTES = ("alto-ds", "deepspeed", "pytorch-optimizer", "torch", "transformers")
 
@@ -81,7 +82,7 @@ def compare(spec: Spec, folder: Path) -> str:
     _check_task(task, spec)
     about = dataclasses.asdict(spec) | dataclasses.asdict(conditions)
     about |= {"python": platform.python_version(), "machine": platform.machine()}
-    write_whole(folder / "spec.json", json.dumps(about, indent=1) + "\n")
+    replace_text(folder / "spec.json", json.dumps(about, indent=1) + "\n")
     with _workers(spec, folder) as do:
         finish_all = functools.partial(_finish_all, spec=spec, folder=folder, do=do)
         trials = _search(spec, conditions, finish_all)

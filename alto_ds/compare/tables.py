@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from scipy import stats
 
-from alto_ds.compare.files import write_whole
 from alto_ds.compare.task import PARTS
+from alto_ds.files import replace_text
 
 CONFIDENCE = 0.95
 SHARPNESS = ("sharpness", "sharpness_residual")
@@ -79,7 +79,7 @@ def write_runs(folder: Path, runs: Sequence[Mapping[str, Any]]) -> None:
         }
         for run in runs
     ]
-    write_whole(folder / "runs.csv", _csv(rows))
+    replace_text(folder / "runs.csv", _csv(rows))
 
 
 def summary(
@@ -116,7 +116,7 @@ def summary(
 def write_table(folder: Path, rows: Sequence[Mapping[str, Any]], headline: str) -> str:
     """Write ``table.csv`` and ``table.md``, the best first, and return the latter."""
     rows = sorted(rows, key=lambda row: row[f"test_{headline}"])
-    write_whole(folder / "table.csv", _csv(rows))
+    replace_text(folder / "table.csv", _csv(rows))
     lines = [
         f"| optimizer | test {headline} (95 %) | standard deviation | seeds (diverged) | "
         "trials (diverged) | best setting | at an edge |",
@@ -139,7 +139,7 @@ def write_table(folder: Path, rows: Sequence[Mapping[str, Any]], headline: str) 
         )
         lines.append("| " + " | ".join(cells) + " |")
     text = "\n".join(lines) + "\n"
-    write_whole(folder / "table.md", text)
+    replace_text(folder / "table.md", text)
     return text
 
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from alto_ds.compare.files import write_whole
 from alto_ds.compare.spec import TextSettings
 from alto_ds.compare.task import PARTS, Parameters
+from alto_ds.files import replace_text, replacing
 from alto_ds.pretrain.data.order import micro_batches, shuffled
 from alto_ds.pretrain.data.sequences import digest
 from alto_ds.pretrain.data.streamed import Tokens, joined
@@ -125,7 +125,7 @@ def prepare(settings: TextSettings, seeds: Sequence[int], folder: Path) -> str:
     record.unlink(missing_ok=True)
     for name, texts in parts.items():
         lines = "".join(json.dumps({TEXT: text}) + "\n" for text in texts)
-        write_whole(folder / f"{name}.jsonl", lines)
+        replace_text(folder / f"{name}.jsonl", lines)
     data = DataSettings(
         dataset=str(folder / "train.jsonl"),
         tokenizer=settings.tokenizer,
@@ -143,7 +143,7 @@ def prepare(settings: TextSettings, seeds: Sequence[int], folder: Path) -> str:
         _save(folder / _of_seed(seed), rows, "train")
     fingerprint = digest(source, tokenizer.backend_tokenizer.to_str())
     made = {"source": source, "seeds": [*seeds], "fingerprint": fingerprint}
-    write_whole(record, json.dumps(made))  # last, so that data without it is incomplete
+    replace_text(record, json.dumps(made))  # last, so that data without it is incomplete
     return fingerprint
 
 
@@ -215,9 +215,8 @@ def _save(path: Path, rows: Tokens, part: str) -> None:
         raise ValueError(
             f"task has too little text for a sequence of {part}; give more, or a smaller seq_length"
         )
-    new = path.with_suffix(".new.npy")
-    np.save(new, rows)
-    new.replace(path)
+    with replacing(path) as new, new.open("wb") as file:
+        np.save(file, rows)
 
 
 def _without_paths(settings: TextSettings) -> dict[str, Any]:

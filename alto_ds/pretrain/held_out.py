@@ -7,20 +7,20 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from alto_ds.files import replacing
+
 FILE = "held_out.npy"
 
 
 def write_held_out(run: Path, sequences: Tensor) -> None:
-    """Write them at once, so that the file is never half written.
+    """Write them.
 
     Args:
         run: its folder.
         sequences: ``[sequences, seq_length]`` tokens, int64, on the CPU.
     """
-    new = run / f"{FILE}.new"
-    with new.open("wb") as file:
+    with replacing(run / FILE) as new, new.open("wb") as file:
         np.save(file, sequences.numpy().astype(np.int32))
-    new.replace(run / FILE)
 
 
 def read_held_out(name: str) -> list[list[int]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from alto_ds.files import replace_text
 from alto_ds.pretrain.settings import Settings
 
 # Sections of DeepSpeed's JSON that decide the weights; others are asked of the engine.
@@ -70,10 +71,8 @@ def write_versions(folder: Path) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file at once, so that it is never half written."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(content, indent=2) + "\n")
-    new.replace(path)
+    """Write a file whole, in the place of an old one."""
+    replace_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def make_checkpoints_folder(path: Path) -> None:

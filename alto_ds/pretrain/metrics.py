@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from alto_ds import ALTO
 from alto_ds.checkpoint.deepspeed_files import optimizers_of
+from alto_ds.files import replace_text
 from alto_ds.pretrain.identity import write_json
 from alto_ds.pretrain.monitors import Monitors
 
@@ -57,9 +58,7 @@ class Metrics:
             )
         rows = [row for row in rows if row["step"] <= first_step]
         folder.mkdir(parents=True, exist_ok=True)
-        kept = folder / "metrics.jsonl.new"
-        kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        kept.replace(self.path)  # at once, so that nothing is lost where the run is killed now
+        replace_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         (folder / DIVERGED).unlink(missing_ok=True)
         self.last = first_step
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115  open for the whole run

@@ -18,6 +18,8 @@ import numpy as np
 from deepspeed.monitor.config import TensorBoardConfig, get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 
+from alto_ds.files import replacing
+
 # Sections of DeepSpeed's JSON, and the package that each needs.
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 SECTIONS = (*PACKAGES, "csv_monitor")
@@ -133,8 +135,6 @@ def _go_on(monitor: Any, first_step: int) -> None:
             heading, *rows = list(csv.reader(file)) or [["step", path.stem]]
         # A line that was cut off, where the run was killed, has fewer cells.
         kept = [row for row in rows if len(row) == 2 and int(row[0]) <= first_step]
-        new = path.with_suffix(".new")
-        with new.open("w", newline="") as file:
+        with replacing(path) as new, new.open("w", newline="") as file:
             csv.writer(file).writerows([heading, *kept])
-        new.replace(path)
         monitor.filenames.append(path.stem)

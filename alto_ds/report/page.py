@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from alto_ds.compare.files import write_whole
 from alto_ds.compare.tables import over
+from alto_ds.files import replace_text
 from alto_ds.report import pictures
 from alto_ds.report.pictures import Look, Picture
 from alto_ds.report.reading import OF_SEEDS, History, Result, Study, differences
@@ -98,7 +98,7 @@ def write_page(studies: Sequence[Study], sharpness: Mapping[str, Sharpness], fol
     )
     title = ", ".join(study.title for study in studies)
     page = folder / PAGE
-    write_whole(page, environment.get_template(TEMPLATE).render(title=title, parts=parts))
+    replace_text(page, environment.get_template(TEMPLATE).render(title=title, parts=parts))
     return page
 
 

@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from alto_ds.checkpoint.manifest import entry_of, flush
+from alto_ds.checkpoint.manifest import entry_of
+from alto_ds.files import remove_unfinished, replacing
 from alto_ds.pretrain.data.indexed import IndexedWriter, token_dtype
 from alto_ds.pretrain.data.shards import (
     Shard,
@@ -148,6 +149,7 @@ def _first_job(settings: DataSettings, prefix: str, shards: int) -> Job:
         raise ValueError(f"--shards={shards} is more than the text's {len(source)} document(s)")
     key = _key(settings, source, shards)
     prefixes = [prefix, *(shard_prefix(prefix, number, shards) for number in range(shards))]
+    remove_unfinished([p for name in prefixes for p in (*files_of(name), manifest_of(name))])
     records = [r for path in map(manifest_of, prefixes) if path.exists() for r in read_record(path)]
     folder = tokenizer_of(prefix)
     changed = any(record.job != key for record in records)
@@ -247,7 +249,11 @@ def _by_processes(job: Job, shares: list[list[int]], report: Callable[[int], Any
 
 
 def _write_share(job: Job, numbers: list[int], pipe: Connection) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    if not parent.is_alive():  # killed while this process was starting
+        return
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
     try:
         for number in numbers:
@@ -256,16 +262,14 @@ def _write_share(job: Job, numbers: list[int], pipe: Connection) -> None:
         pipe.send(ValueError(str(error) or repr(error)))
 
 
-def _end_with_parent() -> None:
+def _end_with(parent: Any) -> None:
     """Not to go on writing where the parent was killed, beside the next start of the command."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
     parent.join()
     os._exit(1)
 
 
 def write_shard(job: Job, number: int, report: Callable[[int], Any]) -> None:
-    """Write one shard under names that nothing reads, flush it, and give it its own names.
+    """Write one shard, its files whole or not at all.
 
     Args:
         job: what is prepared.
@@ -275,7 +279,6 @@ def write_shard(job: Job, number: int, report: Callable[[int], Any]) -> None:
     tokenizer = load_tokenizer(str(tokenizer_of(job.prefix)))
     prefix = shard_prefix(job.prefix, number, job.shards)
     files = files_of(prefix)
-    new = [Path(f"{path}.new") for path in files]
     count = tokens = characters = 0
 
     def texts() -> Iterator[str]:
@@ -288,22 +291,20 @@ def write_shard(job: Job, number: int, report: Callable[[int], Any]) -> None:
                 yield text
             report(len(rows))
 
-    with IndexedWriter(new[0], new[1], token_dtype(len(tokenizer))) as writer:
-        for document in tokenized(texts(), tokenizer):
-            writer.add(document)
-            count, tokens = count + 1, tokens + len(document)
-    for path in new:
-        flush(path)
-    shard = Shard(
-        job=job.key,
-        tokenizer=job.tokenizer,
-        documents=count,
-        tokens=tokens,
-        characters=characters,
-        files={path.name: entry_of(written) for path, written in zip(files, new, strict=True)},
-    )
-    for path, written in zip(files, new, strict=True):
-        written.replace(path)
+    with replacing(files[0]) as new_bin, replacing(files[1]) as new_idx:
+        with IndexedWriter(new_bin, new_idx, token_dtype(len(tokenizer))) as writer:
+            for document in tokenized(texts(), tokenizer):
+                writer.add(document)
+                count, tokens = count + 1, tokens + len(document)
+        new = (new_bin, new_idx)
+        shard = Shard(
+            job=job.key,
+            tokenizer=job.tokenizer,
+            documents=count,
+            tokens=tokens,
+            characters=characters,
+            files={path.name: entry_of(written) for path, written in zip(files, new, strict=True)},
+        )
     write_record(manifest_of(prefix), [shard])
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from alto_ds.checkpoint.manifest import Entry, flush, problem_of, write_text
+from alto_ds.checkpoint.manifest import Entry, problem_of
+from alto_ds.files import replace_text
 from alto_ds.pretrain.data.indexed import bin_of, idx_of
 
 PREPARE = "python -m alto_ds.pretrain.prepare"
@@ -76,10 +77,7 @@ def write_record(path: Path, shards: list[Shard]) -> None:
         for name in ("documents", "tokens", "characters")
     }
     table = {"tokenizer": shards[0].tokenizer, **totals, "shards": [asdict(s) for s in shards]}
-    new = Path(f"{path}.new")
-    write_text(new, json.dumps(table, indent=2) + "\n")
-    new.replace(path)
-    flush(path.parent)
+    replace_text(path, json.dumps(table, indent=2) + "\n")
 
 
 def read_record(path: Path) -> list[Shard]:
