@@ -4,8 +4,8 @@
 
     python examples/study/run.py --data DATA --output_dir runs/study
 
-``DATA`` holds ``wikitext2-test.txt``, ``wikitext2-valid.txt`` and, in ``mnist/``, the four IDX
-files of MNIST. The same command goes on after a kill.
+``DATA`` holds ``wikitext2-test.txt``, ``wikitext2-valid.txt``, ``tinyshakespeare.txt`` and, in
+``mnist/``, the four IDX files of MNIST. The same command goes on after a kill.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ PAGES = {
     "batch": ["batch-32", "batch-512", "batch-8192"],
     "epochs": ["epochs-1", "epochs-5", "epochs-30", "epochs-150"],
     "e": ["e"],
+    "shakespeare": ["shakespeare"],
+    "larger": ["larger"],
     "mnist": ["mnist-512", "mnist-8192", "mnist-54000"],
     "mnist-noise": ["mnist-8192", "mnist-8192-noise20", "mnist-8192-noise40"],
     "digits": ["digits-noise0", "digits-noise20", "digits-noise40"],
