@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from alto_ds.compare.search import make_search
+from alto_ds.compare.spec import read_spec
 from tests.launcher import ROOT
 
 
@@ -24,3 +26,15 @@ def test_e_in_front_of_estimates_lowers_the_loss(script: str, fall: float) -> No
     pairs = re.findall(r"loss ([\d.]+) at first, ([\d.]+) over", printed)
     assert len(pairs) == 2
     assert all(float(last) < float(first) - fall for first, last in pairs), printed
+
+
+def test_each_comparison_of_the_study_gives_all_optimizers_the_trials_that_it_says() -> None:
+    specs = ROOT / "examples" / "study" / "specs"
+    shared = {"text.yaml", "four.yaml", "vision.yaml"}
+    for path in sorted(specs.glob("*.yaml")):
+        if path.name in shared:
+            continue
+        spec = read_spec(path)
+        assert len(spec.seeds) >= 5, path.name
+        for name, entry in spec.optimizers.items():
+            assert len(make_search(entry, spec.search).ask()) == spec.search.trials, (path, name)
