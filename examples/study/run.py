@@ -21,11 +21,10 @@ HERE = Path(__file__).resolve().parent
 # The pages, and the comparisons that each puts side by side.
 PAGES = {
     "alpha": ["alpha", "momentum"],
-    "batch": ["batch-32", "batch-512", "batch-8192"],
+    "batch": ["batch-32", "batch-32-fine", "batch-512", "batch-8192"],
     "epochs": ["epochs-1", "epochs-5", "epochs-30", "epochs-150", "epochs-150-fine"],
     "e": ["e"],
     "shakespeare": ["shakespeare"],
-    "larger": ["larger"],
     "mnist": ["mnist-512", "mnist-8192", "mnist-8192-fine", "mnist-54000"],
     "mnist-noise": ["mnist-8192-noise20", "mnist-8192-noise20-fine", "mnist-8192-noise40"],
     "digits": ["digits-noise0", "digits-noise20", "digits-noise40"],
