@@ -23,12 +23,7 @@ from alto_ds.checkpoint.deepspeed_files import (
     unsafe_names,
 )
 from alto_ds.checkpoint.folders import LATEST, newest_first, number_of
-from alto_ds.checkpoint.manifest import (
-    BrokenManifestError,
-    Manifest,
-    entry_of,
-    has_all_sizes,
-)
+from alto_ds.checkpoint.manifest import BrokenManifestError, Manifest, entry_of, has_all_sizes
 from alto_ds.checkpoint.ranks import CheckpointError, Ranks
 from alto_ds.checkpoint.verifying import problem_on_ranks
 from alto_ds.files import flush, write_text

@@ -254,7 +254,11 @@ def test_a_preparation_by_mpirun_of_which_one_rank_is_killed_goes_on_to_the_same
     environment = os.environ | launcher.settings(tmp_path)
     process = subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL)
     second = bin_of(shard_prefix(str(prefix), victim + 2, 4)).name
-    while not any(path.stat().st_size for path in prefix.parent.glob(f"{second}.*.new")):
+
+    def writing() -> bool:
+        return any(path.stat().st_size for path in prefix.parent.glob(f"{second}.*.new"))
+
+    while not writing():
         assert process.poll() is None
         time.sleep(0.005)
     (rank,) = (
@@ -264,7 +268,7 @@ def test_a_preparation_by_mpirun_of_which_one_rank_is_killed_goes_on_to_the_same
     )
     rank.kill()
     assert process.wait(60) != 0  # mpirun ends the other rank
-    assert list(prefix.parent.glob(f"{second}.*.new"))
+    assert writing()
     assert not Path(f"{prefix}.json").exists()
     kept = [path.with_suffix(".bin") for path in prefix.parent.glob("text-0*.json")]
     assert kept

@@ -296,14 +296,13 @@ def write_shard(job: Job, number: int, report: Callable[[int], Any]) -> None:
             for document in tokenized(texts(), tokenizer):
                 writer.add(document)
                 count, tokens = count + 1, tokens + len(document)
-        new = (new_bin, new_idx)
         shard = Shard(
             job=job.key,
             tokenizer=job.tokenizer,
             documents=count,
             tokens=tokens,
             characters=characters,
-            files={path.name: entry_of(written) for path, written in zip(files, new, strict=True)},
+            files={files[0].name: entry_of(new_bin), files[1].name: entry_of(new_idx)},
         )
     write_record(manifest_of(prefix), [shard])
 
